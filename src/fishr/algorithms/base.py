@@ -1,0 +1,218 @@
+"""What every algorithm is: a featurizer, a linear head, a frozen config, and the losses of a step."""
+
+import types
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from fishr.data.base import DomainBatch, Kind
+from fishr.errors import ConfigError
+from fishr.functional.residuals import Loss, per_sample_losses
+from fishr.registry import unknown
+from fishr.space import Choice, Distribution, LogUniform
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Hyperparameters that every algorithm has.
+
+    Attributes:
+        lr: Learning rate of Adam.
+        weight_decay: L2 term in Adam's gradient.
+        batch_size: Samples of each domain in a batch; None for all of them at every step.
+        l2: Weight of Σ‖w‖² over all weights and biases, added to the loss (the Colored MNIST protocol).
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range; all such problems in one message.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int | None = 64
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @classmethod
+    def default(cls, kind: Kind) -> Self:
+        """The published defaults for a kind of data."""
+        return cls(lr=5e-5, batch_size=32) if kind == "images" else cls()
+
+    @classmethod
+    def space(cls, kind: Kind) -> dict[str, Distribution]:
+        """The published search space for a kind of data (Gulrajani and Lopez-Paz, arXiv 2007.01434)."""
+        if kind == "images":
+            return {
+                "lr": LogUniform(1e-5, 10**-3.5),
+                "weight_decay": LogUniform(1e-6, 1e-2),
+                "batch_size": LogUniform(2**3, 2**5.5, integer=True),
+            }
+        return {
+            "lr": LogUniform(10**-4.5, 10**-2.5),
+            "weight_decay": Choice((0.0,)),
+            "batch_size": LogUniform(2**3, 2**9, integer=True),
+        }
+
+    def updated(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with some hyperparameters changed.
+
+        Raises:
+            ConfigError: a name that is not a hyperparameter, or a value that it cannot take.
+        """
+        names = [item.name for item in fields(self)]
+        for name in changes:
+            if name not in names:
+                raise unknown("hyperparameter", name, names)
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one phrase each; subclasses add to it."""
+        problems = []
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                problems.append(f"{name} must be {_describe(hint)}, got {value!r}")
+        if problems:
+            return problems
+        if self.lr <= 0:
+            problems.append(f"lr must be above 0, got {self.lr}")
+        if self.batch_size is not None and self.batch_size < 1:
+            problems.append(f"batch_size must be at least 1, or null for all samples, got {self.batch_size}")
+        problems += [
+            f"{name} must be at least 0, got {getattr(self, name)}"
+            for name in ("weight_decay", "l2")
+            if getattr(self, name) < 0
+        ]
+        return problems
+
+
+def _fits(value: object, hint: object) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)  # type: ignore[arg-type]
+
+
+def _describe(hint: object) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    names: dict[object, str] = {float: "a number", int: "a whole number", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The scalar to minimise and the terms it is made of, for the record."""
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Algorithm(nn.Module):
+    """A way to train a featurizer and a linear head on several domains.
+
+    Most algorithms define only :meth:`losses`. Those with more optimizers override
+    :meth:`configure_optimizers`; those that need more than one backward pass override :meth:`training_step`.
+
+    Args:
+        featurizer: Inputs to features ``[sample, feature]``.
+        classifier: The linear head, features to logits ``[sample, class]``.
+        num_domains: Number of training domains.
+        config: Hyperparameters; default ``Config()``.
+        loss: As :class:`fishr.nn.FishrPenalty` takes it. Default: cross-entropy, for a single logit binary
+            cross-entropy.
+        steps: Length of the run, needed by schedules that are shares of it.
+
+    Attributes:
+        autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
+    """
+
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    reference: ClassVar[str]
+
+    def __init__(
+        self,
+        featurizer: nn.Module,
+        classifier: nn.Linear,
+        num_domains: int,
+        config: AlgorithmConfig | None = None,
+        *,
+        loss: Loss | None = None,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        config = self.Config() if config is None else config
+        if not isinstance(config, self.Config):
+            raise ConfigError(f"{type(self).__name__} takes a {self.Config.__name__}, got a {type(config).__name__}")
+        self.featurizer, self.classifier = featurizer, classifier
+        self.num_domains, self.config, self.steps = num_domains, config, steps
+        if loss is None:
+            loss = nn.BCEWithLogitsLoss() if classifier.out_features == 1 else nn.CrossEntropyLoss()
+        self.loss = loss
+        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Named optimizers; all of them are checkpointed."""
+        return {"main": Adam(self.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)}
+
+    def losses(self, batch: DomainBatch, step: int) -> Losses:
+        """The losses of one step (an index that starts at 0)."""
+        raise NotImplementedError
+
+    def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
+        """One update of the weights; returns the losses before it."""
+        losses = self.losses(batch, step)
+        optimizer = optimizers["main"]
+        optimizer.zero_grad()
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return losses
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits ``[sample, class]``."""
+        return self.logits(self.features(inputs))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What the featurizer returns, ``[sample, feature]``, in the precision of the run."""
+        with self.autocast():
+            features: Tensor = self.featurizer(inputs)
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The head, in its own precision: half-precision logits would give rounded residuals."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.classifier(features.to(self.classifier.weight.dtype))
+        return logits
+
+    def sample_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """ℓ_i of every sample, ``[sample]``."""
+        return per_sample_losses(self.loss, logits, targets)
+
+    def l2_term(self) -> Tensor | float:
+        """``l2`` · Σ‖w‖² over all weights and biases."""
+        if self.config.l2 == 0:
+            return 0.0
+        return self.config.l2 * torch.stack([weights.square().sum() for weights in self.parameters()]).sum()
+
+
+def domain_means(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Mean over the samples of each domain: ``[sample]`` to ``[domain]``."""
+    return torch.stack([part.mean() for part in torch.split(values, list(sizes))])

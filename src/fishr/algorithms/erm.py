@@ -1,0 +1,19 @@
+"""Empirical risk minimization: the baseline that every other algorithm is compared with."""
+
+from fishr.algorithms.base import Algorithm, Losses
+from fishr.data.base import DomainBatch
+
+
+class ERM(Algorithm):
+    """Minimise the mean loss over the samples of all domains.
+
+    objective = 1/n Σ_i ℓ_i
+
+    Reference: Vapnik, Statistical Learning Theory, 1998.
+    """
+
+    reference = "Vapnik, Statistical Learning Theory, 1998"
+
+    def losses(self, batch: DomainBatch, step: int) -> Losses:
+        risk = self.sample_losses(self(batch.inputs), batch.targets).mean()
+        return Losses(risk + self.l2_term(), {"risk": risk})

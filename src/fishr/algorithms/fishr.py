@@ -1,0 +1,83 @@
+"""Fishr: invariant gradient variances."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fishr.algorithms.base import AlgorithmConfig
+from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
+from fishr.data.base import DomainBatch, Kind
+from fishr.functional.penalty import Reduction
+from fishr.functional.residuals import Loss
+from fishr.nn.penalty import FishrPenalty, Variant
+from fishr.space import Distribution, LogUniform, Uniform
+
+
+@dataclass(frozen=True)
+class FishrConfig(PenalizedConfig):
+    """Hyperparameters of Fishr; the meaning of the last three is :class:`fishr.nn.FishrPenalty`'s.
+
+    Attributes:
+        ema: Decay γ of the moving average; null for the variant's own.
+        reduction: ``"mean"`` (DomainBed) or ``"sum"`` (the Colored MNIST script); null for the variant's own.
+        variant: ``"variance"``, ``"second_moment"`` or ``"covariance"``.
+    """
+
+    penalty_weight: float = 1000.0
+    ema: float | None = None
+    reduction: Reduction | None = None
+    variant: Variant = "variance"
+
+    @classmethod
+    def space(cls, kind: Kind) -> dict[str, Distribution]:
+        return super().space(kind) | {
+            "penalty_weight": LogUniform(1e1, 1e4),
+            "switch_on": Uniform(0.0, 1.0),
+            "ema": Uniform(0.90, 0.99),
+        }
+
+
+class Fishr(PenalizedAlgorithm):
+    """Equal variances of the per-sample gradients in all domains.
+
+    objective = 1/n Σ_i ℓ_i + λ · 1/|E| Σ_e ‖v_e − v̄‖² (scaled as ``reduction`` says)
+
+    with v_e the variance over the samples of domain e of the head's gradient, computed in closed form by
+    :class:`fishr.nn.FishrPenalty`. The moving average runs from the first step, the penalty acts from the switch-on
+    step.
+
+    Reference: Rame, Dancette, Cord, ICML 2022, arXiv 2109.02934, equations 3 and 4.
+    """
+
+    reference = (
+        "Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization, "
+        "ICML 2022, arXiv 2109.02934"
+    )
+    Config = FishrConfig
+    config: FishrConfig
+
+    def __init__(
+        self,
+        featurizer: nn.Module,
+        classifier: nn.Linear,
+        num_domains: int,
+        config: AlgorithmConfig | None = None,
+        *,
+        loss: Loss | None = None,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__(featurizer, classifier, num_domains, config, loss=loss, steps=steps)
+        self.penalty = FishrPenalty(
+            classifier,
+            num_domains,
+            loss=self.loss,
+            ema=self.config.ema,
+            reduction=self.config.reduction,
+            variant=self.config.variant,
+        )
+
+    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        features = self.features(batch.inputs)
+        logits = self.logits(features)
+        risk = self.sample_losses(logits, batch.targets).mean()
+        return risk, self.penalty(features, logits, batch.targets, batch.sizes)

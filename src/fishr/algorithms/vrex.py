@@ -1,0 +1,53 @@
+"""Risk extrapolation with the variance of risks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fishr.algorithms.base import domain_means
+from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
+from fishr.data.base import DomainBatch, Kind
+from fishr.functional.penalty import Reduction
+from fishr.space import Distribution, LogUniform
+
+
+@dataclass(frozen=True)
+class VRExConfig(PenalizedConfig):
+    """Hyperparameters of V-REx.
+
+    Attributes:
+        reduction: ``"mean"``: population variance of the domains' risks (DomainBed); ``"sum"``: sum over pairs of
+            domains of the squared difference of their risks, |E|² times as much (the Colored MNIST script).
+    """
+
+    penalty_weight: float = 10.0
+    switch_on: int | float = 0.1
+    weight_before: float = 1.0
+    reduction: Reduction = "mean"
+
+    @classmethod
+    def space(cls, kind: Kind) -> dict[str, Distribution]:
+        return super().space(kind) | {
+            "penalty_weight": LogUniform(1e-1, 1e5),
+            "switch_on": LogUniform(1 / 5000, 10_000 / 5000),
+        }
+
+
+class VREx(PenalizedAlgorithm):
+    """Equal risks in all domains.
+
+    objective = 1/|E| Σ_e R_e + λ · Var_e(R_e)
+
+    Reference: Krueger and others, ICML 2021, arXiv 2003.00688, equation 8.
+    """
+
+    reference = (
+        "Krueger and others: Out-of-Distribution Generalization via Risk Extrapolation, ICML 2021, arXiv 2003.00688"
+    )
+    Config = VRExConfig
+    config: VRExConfig
+
+    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        risks = domain_means(self.sample_losses(self(batch.inputs), batch.targets), batch.sizes)
+        variance = risks.var(correction=0)
+        return risks.mean(), variance if self.config.reduction == "mean" else variance * len(risks) ** 2

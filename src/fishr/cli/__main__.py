@@ -1,0 +1,5 @@
+import sys
+
+from fishr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,70 @@
+"""The typer application: its commands, and how it is called."""
+
+from collections.abc import Sequence
+
+import typer
+from typer.main import get_command
+
+from fishr.cli.console import print_error
+from fishr.cli.demo import demo
+from fishr.cli.reproduce import reproduce_app
+from fishr.cli.train import train
+
+MULTIPLE = ("--methods", "--set", "--test-domain")
+"""Options that take several values, ``--methods erm fishr``, which typer knows only as repeated options."""
+
+app = typer.Typer(
+    name="fishr",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Train classifiers that hold up on data from a place they have never seen.",
+)
+app.command()(demo)
+app.command()(train)
+app.add_typer(reproduce_app, name="reproduce")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        from fishr import __version__
+
+        typer.echo(f"fishr {__version__}")
+        raise typer.Exit
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run a command with its arguments; usage errors are one line and exit code 2."""
+    try:
+        code = get_command(app).main(args=list(arguments), prog_name="fishr", standalone_mode=False)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # Typer's usage errors: their classes are not public in all versions, these two attributes are.
+        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+            raise
+        message = error.format_message()
+        if message:  # without one, the help was asked for and printed
+            print_error(message)
+        return 2 if message else 0
+    return code if isinstance(code, int) else 0
+
+
+def spread_values(arguments: Sequence[str]) -> list[str]:
+    """``--methods erm fishr`` as ``--methods erm --methods fishr``.
+
+    >>> spread_values(["reproduce", "--methods", "erm", "fishr", "--restarts", "3"])
+    ['reproduce', '--methods', 'erm', '--methods', 'fishr', '--restarts', '3']
+    """
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument if argument in MULTIPLE else None
+            spread.append(argument)
+        elif option and spread[-1] != option:
+            spread += [option, argument]
+        else:
+            spread.append(argument)
+    return spread

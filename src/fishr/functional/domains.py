@@ -1,0 +1,132 @@
+"""Which sample belongs to which domain: indices or sizes, checked once and brought into one form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishr.errors import InputError
+
+Domains = Tensor | Sequence[int]
+"""int64 ``[sample]``, the domain of each sample; or sizes, when samples lie domain after domain."""
+
+
+def values_may_be_checked(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values is free of harm: on CPU, or in anomaly-detection mode.
+
+    On an accelerator a look at a value makes the host wait; in a compiled step it breaks the graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or torch.is_anomaly_enabled()
+
+
+@dataclass(frozen=True)
+class GroupedSamples:
+    """Samples laid domain after domain.
+
+    Attributes:
+        features: ``[sample, feature]``.
+        residuals: ``[sample, class]``, zero for samples that do not count.
+        mask: ``[sample]`` bool, the samples that count; None when all do.
+        sizes: Samples of each domain, those that do not count included.
+        counts: ``[domain]`` float64, the samples of each domain that count.
+    """
+
+    features: Tensor
+    residuals: Tensor
+    mask: Tensor | None
+    sizes: tuple[int, ...]
+    counts: Tensor
+
+
+def group_by_domain(
+    features: Tensor,
+    residuals: Tensor,
+    domains: Domains,
+    num_domains: int,
+    mask: Tensor | None,
+) -> GroupedSamples:
+    """Check the arguments of the penalty functions and lay the samples domain after domain.
+
+    Moments need float32: half-precision features stay as they are (they are widened piece by piece
+    later), half-precision residuals are widened here.
+
+    Raises:
+        InputError: shapes that do not fit, fewer than two domains, a domain index out of range, or a
+            domain without a sample. The value checks run where they cost no device synchronisation.
+    """
+    if features.ndim != 2 or residuals.ndim != 2 or features.shape[0] != residuals.shape[0]:
+        raise InputError(
+            "features must be [sample, feature] and residuals [sample, class] with the same samples, "
+            f"got {list(features.shape)} and {list(residuals.shape)}; flatten or pool other dimensions first"
+        )
+    if num_domains < 2:
+        raise InputError(f"num_domains must be at least 2, got {num_domains}: variances are compared across domains")
+    num_samples = features.shape[0]
+    if mask is not None and (mask.shape != (num_samples,) or mask.dtype != torch.bool):
+        raise InputError(f"mask must be a bool tensor [sample] = [{num_samples}], got {_describe(mask)}")
+
+    if isinstance(domains, Tensor):
+        order, sizes = _sort_indices(domains, num_domains, num_samples)
+        features, residuals = features[order], residuals[order]
+        mask = None if mask is None else mask[order]
+    else:
+        sizes = _check_sizes(domains, num_domains, num_samples)
+    _check_no_domain_is_empty(sizes)
+
+    if residuals.dtype not in (torch.float32, torch.float64):
+        residuals = residuals.float()
+    if mask is None:
+        counts = torch.tensor(sizes, dtype=torch.float64, device=features.device)
+    else:
+        residuals = residuals * mask.unsqueeze(1)
+        counts = torch.stack([part.sum(dtype=torch.float64) for part in torch.split(mask, list(sizes))])
+        if values_may_be_checked(counts):
+            _check_no_domain_is_empty(counts.tolist())
+    return GroupedSamples(features, residuals, mask, sizes, counts)
+
+
+def _sort_indices(domains: Tensor, num_domains: int, num_samples: int) -> tuple[Tensor, tuple[int, ...]]:
+    if domains.shape != (num_samples,) or domains.dtype != torch.int64:
+        raise InputError(f"domains must be an int64 tensor [sample] = [{num_samples}], got {_describe(domains)}")
+    if values_may_be_checked(domains) and num_samples:
+        low, high = (int(bound) for bound in domains.aminmax())
+        _check_index(low if low < 0 else high, num_domains)
+    sizes = torch.bincount(domains, minlength=num_domains).tolist()
+    _check_index(len(sizes) - 1, num_domains)
+    return torch.argsort(domains, stable=True), tuple(sizes)
+
+
+def _check_index(index: int, num_domains: int) -> None:
+    if not 0 <= index < num_domains:
+        raise InputError(
+            f"domain index {index} is out of range for num_domains={num_domains}: "
+            f"indices run from 0 to {num_domains - 1}"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check_sizes(sizes: Sequence[int], num_domains: int, num_samples: int) -> tuple[int, ...]:
+    sizes = tuple(sizes)
+    whole = all(isinstance(size, int) and size >= 0 for size in sizes)
+    if not whole or len(sizes) != num_domains or sum(sizes) != num_samples:
+        raise InputError(
+            f"domain sizes must be num_domains={num_domains} counts that add up to the {num_samples} samples, "
+            f"got {sizes}; to give the domain of each sample, pass an int64 tensor"
+        )
+    return sizes
+
+
+def _check_no_domain_is_empty(counts: Sequence[float]) -> None:
+    empty = [domain for domain, count in enumerate(counts) if count == 0]
+    if empty:
+        named = ", ".join(map(str, empty))
+        raise InputError(
+            f"domain {named} has no sample in this batch (samples per domain: {[int(count) for count in counts]}); "
+            "every domain needs at least one: sample a part of each batch from every domain"
+        )

@@ -1,0 +1,46 @@
+"""The Fishr penalty: how far the domains' gradient variances lie from their mean."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from fishr.errors import ConfigError, InputError
+
+Reduction = Literal["mean", "sum"]
+
+
+def variance_penalty(variances: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Squared distance of each domain's statistic to the mean over domains.
+
+    ``"mean"``: 1/|E| Σ_e mean over head parameters of (v_e − v̄)²: the scaling of DomainBed's code.
+    ``"sum"``: Σ_e ‖v_e − v̄‖²: the scaling of the Colored MNIST script.
+
+    The two differ by the factor |E| · (number of head parameters), and the penalty weight with them.
+
+    Args:
+        variances: ``[domain, ...]``, as :func:`domain_gradient_variances` returns them.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: fewer than two domains.
+        ConfigError: an unknown reduction.
+
+    >>> import torch
+    >>> variance_penalty(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    tensor(0.5000)
+    >>> variance_penalty(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), reduction="sum")
+    tensor(2.)
+    """
+    check_reduction(reduction)
+    if variances.ndim == 0 or variances.shape[0] < 2:
+        raise InputError(f"variances must be [domain, ...] with at least 2 domains, got {list(variances.shape)}")
+    squared_distances = (variances - variances.mean(0)).square()
+    return squared_distances.mean() if reduction == "mean" else squared_distances.sum()
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

@@ -1,0 +1,181 @@
+"""Residuals: the derivative of each sample's loss with respect to its logits.
+
+Cross-entropy, binary cross-entropy and squared error have a closed form; any other loss costs one autograd
+call on the logits. The result stays in the graph, because the penalty is differentiated through it.
+
+ℓ_i is the loss of one sample on its own: class weights are not normalised over the batch, several outputs
+of binary cross-entropy or squared error are averaged, and the ``reduction`` of a loss module is not used.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fishr.errors import InputError
+from fishr.functional.domains import values_may_be_checked
+
+Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
+"""``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss``, ``nn.MSELoss`` or any callable
+``(logits, targets) -> losses [sample]``."""
+
+
+def loss_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """∂ℓ_i/∂logits_i for every sample.
+
+    Cross-entropy with target distribution t_i (class weights and label smoothing folded in): p_i Σ_k t_ik − t_i.
+    Binary cross-entropy over c outputs: w [(1 − y) σ(z) − pos_weight · y (1 − σ(z))] / c.
+    Squared error over c outputs: 2 (z − y) / c.
+
+    Args:
+        loss: One of the three modules, or a callable that returns one loss for each sample.
+        logits: ``[sample, class]``.
+        targets: As the loss takes them.
+
+    Returns:
+        ``[sample, class]``, differentiable with respect to the logits.
+
+    Raises:
+        InputError: logits or targets of the wrong shape, a class out of range (where looking at values costs no device
+            synchronisation), or the callable returned anything but ``[sample]``.
+
+    >>> import torch
+    >>> loss_residuals(nn.CrossEntropyLoss(), torch.zeros(1, 2), torch.tensor([0]))
+    tensor([[-0.5000,  0.5000]])
+    """
+    if logits.ndim != 2:
+        raise InputError(f"logits must be [sample, class], got {list(logits.shape)}")
+    # An exact type: a subclass may compute something else.
+    if type(loss) is nn.CrossEntropyLoss:
+        _check_class_targets(loss, logits, targets)
+        weights = _cross_entropy_target_weights(loss, logits, targets)
+        return torch.softmax(logits, dim=1) * weights.sum(1, keepdim=True) - weights
+    if type(loss) is nn.BCEWithLogitsLoss:
+        return _binary_cross_entropy_residuals(loss, logits, _like_logits(targets, logits))
+    if type(loss) is nn.MSELoss:
+        return (logits - _like_logits(targets, logits)) * (2 / logits.shape[1])
+    return _autograd_residuals(loss, logits, targets)
+
+
+def per_sample_losses(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """ℓ_i ``[sample]``, of which :func:`loss_residuals` is the derivative.
+
+    Raises:
+        InputError: as :func:`loss_residuals`.
+    """
+    if type(loss) is nn.CrossEntropyLoss:
+        _check_class_targets(loss, logits, targets)
+        return F.cross_entropy(
+            logits,
+            targets,
+            weight=loss.weight,
+            ignore_index=loss.ignore_index,
+            label_smoothing=loss.label_smoothing,
+            reduction="none",
+        )
+    if type(loss) is nn.BCEWithLogitsLoss:
+        _check_broadcasts(loss.weight, logits)
+        return F.binary_cross_entropy_with_logits(
+            logits,
+            _like_logits(targets, logits),
+            weight=loss.weight,
+            pos_weight=loss.pos_weight,
+            reduction="none",
+        ).mean(1)
+    if type(loss) is nn.MSELoss:
+        return F.mse_loss(logits, _like_logits(targets, logits), reduction="none").mean(1)
+    losses = loss(logits, targets)
+    if losses.shape != logits.shape[:1]:
+        came = "a scalar" if losses.ndim == 0 else f"a tensor {list(losses.shape)}"
+        raise InputError(
+            f"the loss must return one value for each sample, [sample] = [{logits.shape[0]}], but returned {came}; "
+            "pass reduction='none' to it, or give nn.CrossEntropyLoss, nn.BCEWithLogitsLoss or nn.MSELoss"
+        )
+    return losses
+
+
+def samples_that_count(loss: Loss, targets: Tensor) -> Tensor | None:
+    """Samples that the loss does not ignore: bool ``[sample]``, or None when the loss ignores none."""
+    if type(loss) is nn.CrossEntropyLoss and not targets.is_floating_point():
+        return targets != loss.ignore_index
+    return None
+
+
+def _cross_entropy_target_weights(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """t_ik such that ℓ_i = −Σ_k t_ik log p_ik; zero for ignored samples."""
+    num_classes = logits.shape[1]
+    if targets.is_floating_point():
+        distribution = targets
+        kept = None
+    else:
+        kept = (targets != loss.ignore_index).unsqueeze(1)
+        indices = targets.unsqueeze(1).where(kept, 0)
+        distribution = torch.zeros_like(logits, requires_grad=False).scatter(1, indices, 1.0)
+    class_weights = logits.new_ones(num_classes) if loss.weight is None else loss.weight.to(logits.dtype)
+    smoothing = loss.label_smoothing
+    weights = (1 - smoothing) * distribution * class_weights + smoothing / num_classes * class_weights
+    return weights if kept is None else weights * kept
+
+
+def _binary_cross_entropy_residuals(loss: nn.BCEWithLogitsLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    _check_broadcasts(loss.weight, logits)
+    probability = torch.sigmoid(logits)
+    if loss.pos_weight is None:
+        residuals = probability - targets
+    else:
+        residuals = (1 - targets) * probability - loss.pos_weight * targets * (1 - probability)
+    if loss.weight is not None:
+        residuals = residuals * loss.weight
+    return residuals / logits.shape[1]
+
+
+def _autograd_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    differentiable = logits.requires_grad and torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not differentiable:
+            logits = logits.detach().requires_grad_()
+        losses = per_sample_losses(loss, logits, targets)
+        (residuals,) = torch.autograd.grad(losses.sum(), logits, create_graph=differentiable)
+    return residuals
+
+
+def _check_class_targets(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Tensor) -> None:
+    num_samples, num_classes = logits.shape
+    expected = (num_samples, num_classes) if targets.is_floating_point() else (num_samples,)
+    if targets.shape != expected:
+        raise InputError(
+            f"targets of cross-entropy must be integers [sample] = [{num_samples}] or probabilities [sample, class] = "
+            f"[{num_samples}, {num_classes}], got {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"
+        )
+    if not targets.is_floating_point() and values_may_be_checked(targets):
+        out_of_range = targets[(targets != loss.ignore_index) & ((targets < 0) | (targets >= num_classes))]
+        if len(out_of_range):
+            raise InputError(
+                f"target {int(out_of_range[0])} is out of range: the head has {num_classes} outputs, "
+                f"so classes run from 0 to {num_classes - 1}"
+            )
+
+
+def _check_broadcasts(weight: Tensor | None, logits: Tensor) -> None:
+    if weight is not None and torch.broadcast_tensors(weight, logits)[0].shape != logits.shape:  # type: ignore[no-untyped-call]
+        raise InputError(
+            f"the weight of the binary loss must broadcast to the logits, {list(logits.shape)}, "
+            f"got {list(weight.shape)}; for a weight of each sample give it the shape [{logits.shape[0]}, 1]"
+        )
+
+
+def _like_logits(targets: Tensor, logits: Tensor) -> Tensor:
+    """Targets of binary or squared losses as ``[sample, class]`` in the type of the logits.
+
+    Raises:
+        InputError: targets are neither ``[sample, class]`` nor, for a single output, ``[sample]``.
+    """
+    if targets.shape == logits.shape[:1] and logits.shape[1] == 1:
+        targets = targets.unsqueeze(1)
+    if targets.shape != logits.shape:
+        raise InputError(
+            f"targets of a binary or squared loss must have the shape of the logits, {list(logits.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+    return targets.to(logits.dtype)

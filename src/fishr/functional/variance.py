@@ -1,0 +1,194 @@
+"""Gradient variance of a linear head per domain, in closed form.
+
+For sample i with features f_i, h_i = [f_i; 1] and residual r_i = ∂ℓ_i/∂logits_i, the gradient of ℓ_i with
+respect to the head is the outer product g_i = r_i ⊗ h_i. Its elementwise mean and second moment over the
+n_e samples of a domain are matrix products, so no per-sample gradient is stored:
+
+    m_e = Rᵀ H / n_e        s_e = (R∘R)ᵀ (H∘H) / n_e        v_e = s_e − m_e∘m_e
+
+Memory is O(classes · features) per domain instead of O(samples · classes · features). With many samples
+the products are bound by memory traffic, so each domain is walked in chunks that stay in the cache, forward
+and backward, and features in half precision are widened chunk by chunk.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fishr.functional.domains import Domains, group_by_domain
+
+CHUNK_ELEMENTS = 2**18
+"""Feature entries in one chunk on a CPU: 1 MiB of float32, the size of a common second-level cache."""
+
+
+def domain_gradient_variances(
+    features: Tensor,
+    residuals: Tensor,
+    domains: Domains,
+    num_domains: int,
+    *,
+    bias: bool = True,
+    centered: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Elementwise variance over samples of the linear head's per-sample gradients, for each domain.
+
+    v_e = 1/n_e Σ_i g_i² − (1/n_e Σ_i g_i)², with g_i = residuals_i ⊗ [features_i; 1] (Rame et al., ICML 2022,
+    section 3; arXiv 2109.02934). The variance is biased (divided by n_e), as published. Differentiable once
+    with respect to features and residuals.
+
+    Args:
+        features: ``[sample, feature]``, the input of the head, any floating type.
+        residuals: ``[sample, class]``, the derivative of each sample's loss with respect to its logits.
+        domains: int64 ``[sample]``, or a tuple of sizes when samples lie domain after domain. On an
+            accelerator sizes are faster: indices make the host wait for their counts.
+        num_domains: Number of domains E, at least 2; each needs a sample.
+        bias: Whether the head has a bias, whose gradient is the residual itself.
+        centered: Whether to subtract the squared mean; without it the result is the second moment.
+        mask: ``[sample]`` bool, False for samples that leave their domain (ignored targets); default all count.
+
+    Returns:
+        ``[domain, class, feature]`` in float32 (float64 if an argument is float64); with ``bias`` the last
+        feature entry belongs to the bias.
+
+    Raises:
+        InputError: see :func:`fishr.functional.domains.group_by_domain`.
+
+    >>> import torch
+    >>> features, residuals = torch.tensor([[1.0], [3.0], [2.0], [2.0]]), torch.ones(4, 1)
+    >>> domain_gradient_variances(features, residuals, (2, 2), 2).squeeze(1)
+    tensor([[1., 0.],
+            [0., 0.]])
+    """
+    samples = group_by_domain(features, residuals, domains, num_domains, mask)
+    variances: Tensor = _head_variances(
+        samples.features, samples.residuals, list(samples.sizes), samples.counts, bias, centered
+    )[0]
+    return variances
+
+
+@torch.library.custom_op("fishr::head_variances", mutates_args=())
+def _head_variances(
+    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, bias: bool, centered: bool
+) -> tuple[Tensor, Tensor]:
+    """Second moment minus squared mean, and the mean (empty when not centred), per domain."""
+    dtype = torch.promote_types(features.dtype, residuals.dtype)
+    num_classes, num_features = residuals.shape[1], features.shape[1]
+    shape = (len(sizes), num_classes, num_features + bias)
+    variances = features.new_zeros(shape, dtype=dtype)
+    means = features.new_zeros(shape if centered else 0, dtype=dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        for domain, chunk in _chunks(sizes, features):
+            r, h = residuals[chunk].to(dtype), features[chunk].to(dtype)
+            r_squared = r.square()
+            variances[domain, :, :num_features].addmm_(r_squared.T, h.square())
+            if centered:
+                means[domain, :, :num_features].addmm_(r.T, h)
+            if bias:
+                variances[domain, :, num_features] += r_squared.sum(0)
+                if centered:
+                    means[domain, :, num_features] += r.sum(0)
+    per_domain = counts.to(dtype).view(-1, 1, 1)
+    variances /= per_domain
+    if centered:
+        means /= per_domain
+        variances.addcmul_(means, means, value=-1)
+    return variances, means
+
+
+@_head_variances.register_fake
+def _(
+    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, bias: bool, centered: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(features.dtype, residuals.dtype)
+    shape = (len(sizes), residuals.shape[1], features.shape[1] + bias)
+    return features.new_empty(shape, dtype=dtype), features.new_empty(shape if centered else 0, dtype=dtype)
+
+
+@torch.library.custom_op("fishr::head_variances_backward", mutates_args=())
+def _head_variances_backward(
+    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to features and residuals.
+
+    With G = ∂L/∂v_e and B = −2 m_e∘G (zero when not centred):
+        ∂L/∂H = (2 H∘(R∘R G) + R B) / n_e        ∂L/∂R = (2 R∘(H∘H Gᵀ) + H Bᵀ) / n_e
+    """
+    num_features = features.shape[1]
+    per_domain = counts.to(grad.dtype).view(-1, 1, 1)
+    scaled = grad * (2 / per_domain)
+    through_mean = -scaled * means if means.numel() else None
+    grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
+    with torch.autocast(features.device.type, enabled=False):
+        for domain, chunk in _chunks(sizes, features):
+            r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
+            weight = scaled[domain, :, :num_features]
+            grad_h = _product(r.square(), weight, out=grad_features[chunk]).mul_(h)
+            grad_r = h.square() @ weight.T
+            if bias:
+                grad_r += scaled[domain, :, num_features]
+            grad_r *= r
+            if through_mean is not None:
+                weight = through_mean[domain, :, :num_features]
+                grad_h.addmm_(r, weight)
+                grad_r.addmm_(h, weight.T)
+                if bias:
+                    grad_r += through_mean[domain, :, num_features]
+            if grad_h.dtype != features.dtype:
+                grad_features[chunk] = grad_h
+            grad_residuals[chunk] = grad_r
+    return grad_features, grad_residuals
+
+
+@_head_variances_backward.register_fake
+def _(
+    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), torch.empty_like(residuals)
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, list[int], Tensor, bool, bool],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    features, residuals, sizes, counts, bias, _ = inputs
+    ctx.save_for_backward(features, residuals, output[1], counts)
+    ctx.sizes, ctx.bias = sizes, bias  # type: ignore[attr-defined]
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
+) -> tuple[Tensor, Tensor, None, None, None, None]:
+    features, residuals, means, counts = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_features, grad_residuals = _head_variances_backward(
+        grad,
+        features,
+        residuals,
+        means,
+        ctx.sizes,  # type: ignore[attr-defined]
+        counts,
+        ctx.bias,  # type: ignore[attr-defined]
+    )
+    return grad_features, grad_residuals, None, None, None, None
+
+
+_head_variances.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:
+    """Domain and rows of each chunk: cache-sized on a CPU, the whole domain elsewhere."""
+    on_cpu = features.device.type == "cpu"
+    start = 0
+    for domain, size in enumerate(sizes):
+        rows = max(1, CHUNK_ELEMENTS // features.shape[1]) if on_cpu else size
+        stop = start + size
+        for begin in range(start, stop, rows):
+            yield domain, slice(begin, min(begin + rows, stop))
+        start = stop
+
+
+def _product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    """The matrix product, written in place where the types agree."""
+    return torch.mm(left, right, out=out) if out.dtype == left.dtype else left @ right

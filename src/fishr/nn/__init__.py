@@ -1,0 +1,6 @@
+"""Modules with state around the functions of :mod:`fishr.functional`."""
+
+from fishr.nn.moving_average import MovingAverage
+from fishr.nn.penalty import FishrPenalty
+
+__all__ = ["FishrPenalty", "MovingAverage"]

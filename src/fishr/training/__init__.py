@@ -1,0 +1,7 @@
+"""Training: a run from its config to its model."""
+
+from fishr.training.config import RunConfig
+from fishr.training.evaluation import evaluate
+from fishr.training.loop import Observer, RunResult, train
+
+__all__ = ["Observer", "RunConfig", "RunResult", "evaluate", "train"]

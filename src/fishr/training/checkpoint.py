@@ -1,0 +1,140 @@
+"""Checkpoints: all state that a later step depends on, as safetensors and JSON with checksums.
+
+A checkpoint is a folder ``step-N``: ``tensors.safetensors`` (weights, buffers, optimizer state), ``state.json`` (step,
+optimizer settings, sums of loss terms) and ``SHA256SUMS``, which ``sha256sum -c`` checks too. Random numbers need no
+state: they are functions of seed and step.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fishr.errors import RunError
+from fishr.files import new_folder
+
+TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+KEPT = 2
+"""Checkpoints kept: the last, and the one before should the last be damaged."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: Updates made.
+        loss_sums: Sum of each loss term over the steps since the last record.
+        steps_in_sums: Number of those steps.
+    """
+
+    step: int
+    loss_sums: Mapping[str, float]
+    steps_in_sums: int
+
+
+def save_checkpoint(
+    folder: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer], progress: Progress
+) -> None:
+    """Write ``folder/step-N`` and remove all but the last checkpoints."""
+    tensors = {f"algorithm/{name}": value for name, value in algorithm.state_dict().items()}
+    settings: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        content = optimizer.state_dict()
+        scalars: dict[str, dict[str, Any]] = {}
+        for index, values in content["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{index}/{key}"] = value
+                else:
+                    scalars.setdefault(str(index), {})[key] = value
+        settings[name] = {"param_groups": content["param_groups"], "scalars": scalars}
+    state = {
+        "step": progress.step,
+        "loss_sums": dict(progress.loss_sums),
+        "steps_in_sums": progress.steps_in_sums,
+        "optimizers": settings,
+    }
+    with new_folder(folder / f"step-{progress.step:08d}") as aside:
+        # Clones: safetensors refuses tensors that share memory.
+        save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, aside / TENSORS)
+        (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        (aside / CHECKSUMS).write_text(_checksums(aside), encoding="utf-8")
+    for stale in list(_newest_first(folder))[KEPT:]:
+        shutil.rmtree(stale)
+
+
+def restore_checkpoint(folder: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer]) -> Progress | None:
+    """Load the newest checkpoint that is whole; damaged ones are passed over with a warning.
+
+    Returns:
+        Where the run stands, or None if there is no checkpoint yet.
+
+    Raises:
+        RunError: there are checkpoints, but none is whole.
+    """
+    damaged = []
+    for path in _newest_first(folder):
+        if not _is_whole(path):
+            damaged.append(path.name)
+            continue
+        if damaged:
+            logger.warning("checkpoint %s is damaged; continuing from %s", ", ".join(damaged), path.name)
+        return _load(path, algorithm, optimizers)
+    if damaged:
+        raise RunError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete the run's folder to start anew"
+        )
+    return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint, whole or not."""
+    return next(_newest_first(folder), None)
+
+
+def _load(path: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer]) -> Progress:
+    tensors = load_file(path / TENSORS)
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    algorithm.load_state_dict(
+        {name.removeprefix("algorithm/"): value for name, value in tensors.items() if name.startswith("algorithm/")}
+    )
+    for name, optimizer in optimizers.items():
+        settings = state["optimizers"][name]
+        per_parameter: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in settings["scalars"].items()}
+        prefix = f"optimizer/{name}/"
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                index, field = key.removeprefix(prefix).split("/")
+                per_parameter.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({"state": per_parameter, "param_groups": settings["param_groups"]})
+    return Progress(state["step"], state["loss_sums"], state["steps_in_sums"])
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.glob("step-*"), reverse=True)
+
+
+def _checksums(folder: Path) -> str:
+    lines = []
+    for name in (TENSORS, STATE):
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return (path / CHECKSUMS).read_text(encoding="utf-8") == _checksums(path)
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False

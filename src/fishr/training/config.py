@@ -1,0 +1,142 @@
+"""RunConfig: all that changes the result of a run, and nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, get_args
+
+from fishr.algorithms import ALGORITHMS
+from fishr.algorithms.base import AlgorithmConfig
+from fishr.data.base import MultiDomainDataset
+from fishr.errors import ConfigError
+from fishr.models.build import ModelConfig, default_model
+
+Precision = Literal["32", "bf16-mixed"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training.
+
+    Attributes:
+        data: Name of the dataset.
+        data_options: Options it is loaded with, its seed among them.
+        test_domains: Domains held out from training.
+        algorithm: Name of the algorithm.
+        hparams: Its hyperparameters.
+        model: The network.
+        steps: Updates to make.
+        checkpoint_every: Updates between evaluations and checkpoints.
+        seed: Seed of initial weights, batches and dropout.
+        trial: Seed of the splits.
+        out_fraction: Share of each domain in its out-split; 0 trains on all.
+        precision: ``"32"``, or ``"bf16-mixed"``: the featurizer in bfloat16, everything from the head on in float32.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    data: str
+    test_domains: tuple[str, ...]
+    algorithm: str
+    hparams: AlgorithmConfig
+    model: ModelConfig
+    steps: int
+    checkpoint_every: int
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    trial: int = 0
+    out_fraction: float = 0.2
+    precision: Precision = "32"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least {least}, got {getattr(self, name)}"
+            for name, least in (("steps", 1), ("checkpoint_every", 1), ("seed", 0), ("trial", 0))
+            if getattr(self, name) < least
+        ]
+        if self.precision not in get_args(Precision):
+            problems.append(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        if not 0 <= self.out_fraction < 1:
+            problems.append(f"out_fraction must lie in [0, 1), got {self.out_fraction}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @classmethod
+    def for_dataset(
+        cls,
+        dataset: MultiDomainDataset,
+        algorithm: str,
+        *,
+        steps: int,
+        test_domains: tuple[str, ...] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        model: ModelConfig | None = None,
+        checkpoint_every: int | None = None,
+        **rest: Any,
+    ) -> Self:
+        """A config with the customary choices for a dataset where none is given.
+
+        Args:
+            dataset: The data.
+            algorithm: Name of the algorithm.
+            steps: Updates to make.
+            test_domains: Default: the dataset's customary one.
+            hparams: Changes to the algorithm's defaults for the kind of data.
+            model: Default: the customary network for the kind of data.
+            checkpoint_every: Default: ten checkpoints in the run.
+            rest: Other fields.
+        """
+        return cls(
+            data=dataset.name,
+            test_domains=(dataset.test_domain,) if test_domains is None else test_domains,
+            algorithm=algorithm,
+            hparams=ALGORITHMS[algorithm].Config.default(dataset.kind).updated(hparams or {}),
+            model=default_model(dataset.kind) if model is None else model,
+            steps=steps,
+            checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
+            **rest,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they read back from JSON."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`as_dict`."""
+        return cls(
+            **{
+                **content,
+                "test_domains": tuple(content["test_domains"]),
+                "hparams": ALGORITHMS[content["algorithm"]].Config(**content["hparams"]),
+                "model": ModelConfig(**content["model"]),
+            }
+        )
+
+    @property
+    def hash(self) -> str:
+        """Names the run: equal exactly for equal configs."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """Settings in which another config differs, ``name: ours → theirs``."""
+        ours, theirs = _flat(self.as_dict()), _flat(other.as_dict())
+        return [
+            f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
+            for name in dict.fromkeys([*ours, *theirs])
+            if name not in ours or name not in theirs or ours[name] != theirs[name]
+        ]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

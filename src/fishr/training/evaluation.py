@@ -1,0 +1,27 @@
+"""How well a model does on samples of one domain."""
+
+import torch
+
+from fishr.algorithms.base import Algorithm
+from fishr.data.base import Samples
+from fishr.records import Metrics
+
+BATCH_SIZE = 4096
+
+
+@torch.no_grad()
+def evaluate(algorithm: Algorithm, samples: Samples, device: torch.device) -> Metrics:
+    """Accuracy and mean loss, in ``eval()`` mode, in large batches."""
+    was_training = algorithm.training
+    algorithm.eval()
+    correct, loss_sum = 0.0, 0.0
+    for inputs, targets in zip(
+        torch.split(samples.inputs, BATCH_SIZE), torch.split(samples.targets, BATCH_SIZE), strict=True
+    ):
+        on_device = targets.to(device)
+        logits = algorithm(inputs.to(device))
+        predictions = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+        correct += (predictions == on_device).sum().item()
+        loss_sum += algorithm.sample_losses(logits, on_device).sum().item()
+    algorithm.train(was_training)
+    return Metrics(accuracy=correct / len(samples.targets), loss=loss_sum / len(samples.targets))

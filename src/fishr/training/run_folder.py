@@ -1,0 +1,80 @@
+"""The folder of a run: config, records, checkpoints, model, and whether it is done."""
+
+import json
+import shutil
+from pathlib import Path
+
+from fishr.errors import FishrError, RunError
+from fishr.files import new_folder, write_text
+from fishr.models.saved import SavedModel, save_model
+from fishr.records import RunRecord, read_records
+from fishr.training.config import RunConfig
+
+FORMAT = 1
+
+
+class RunFolder:
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/``, ``DONE``.
+
+    Args:
+        path: The folder; made when it is not there.
+        config: The run. A folder that holds another run is refused.
+
+    Raises:
+        RunError: the folder holds a run with another config, or something that is not a run.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+        self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.metrics = path / "metrics.jsonl"
+        config_file = path / "config.json"
+        if config_file.exists():
+            differences = _read_config(config_file).differences(config)
+            if differences:
+                raise RunError(
+                    f"{path} holds a run with another config ({'; '.join(differences)}): "
+                    "choose another --output, or delete the folder"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} exists and is not a run (it has no config.json): choose another --output")
+        else:
+            self.checkpoints.mkdir(parents=True)
+            write_text(config_file, json.dumps({"format": FORMAT, **config.as_dict()}, indent=2) + "\n")
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def records(self) -> list[RunRecord]:
+        return read_records(self.metrics)
+
+    def forget_records_after(self, step: int) -> None:
+        """Drop records that a continued run will write again."""
+        kept = [record for record in self.records() if record.step <= step]
+        write_text(self.metrics, "".join(record.to_json() + "\n" for record in kept))
+
+    def append(self, record: RunRecord) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+
+    def finish(self, model: SavedModel) -> None:
+        """Write the model and mark the run as done; its checkpoints are of no more use."""
+        with new_folder(self.model) as aside:
+            save_model(aside, model)
+        write_text(self.path / "DONE", "")
+        shutil.rmtree(self.checkpoints)
+
+
+def _read_config(path: Path) -> RunConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise RunError(f"{path} was written by another version of fishr: choose another --output")
+        return RunConfig.from_dict(content)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}): choose another --output") from None
+    except RunError:
+        raise
+    except FishrError as error:
+        raise RunError(f"{path} names something this installation does not have: {error}") from None
