@@ -1,6 +1,8 @@
 """Fixtures that more than one folder of tests needs."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,14 @@ def data_root() -> Path:
     if os.environ.get("FISHR_REQUIRE_DATA") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture
+def warnings_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The warnings that the library has logged so far, whether or not the command line has taken its logger over."""
+    monkeypatch.setattr(logging.getLogger("fishr"), "propagate", True)
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("fishr") and record.levelno >= logging.WARNING
+    ]

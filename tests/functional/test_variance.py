@@ -312,7 +312,9 @@ def test_fewer_than_two_domains(function, num_domains):
 @functions
 @pytest.mark.parametrize("shape", [(9,), (10, 1), ()])
 def test_a_mask_of_another_shape(function, shape):
-    with pytest.raises(InputError, match=re.escape(f"mask must be a bool tensor [sample] = [10], got bool {list(shape)}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"mask must be a bool tensor [sample] = [10], got bool {list(shape)}")
+    ):
         function(FEATURES, RESIDUALS, (5, 5), 2, mask=torch.ones(shape, dtype=torch.bool))
 
 

@@ -1,5 +1,6 @@
 """The typer application: its commands, and how it is called."""
 
+import re
 from collections.abc import Sequence
 
 import typer
@@ -12,6 +13,7 @@ from fishr.cli.train import train
 
 MULTIPLE = ("--methods", "--set", "--test-domain")
 """Options that take several values, ``--methods erm fishr``, which typer knows only as repeated options."""
+OPTION = re.compile(r"--|-[a-z]$")
 
 app = typer.Typer(
     name="fishr",
@@ -60,7 +62,7 @@ def spread_values(arguments: Sequence[str]) -> list[str]:
     spread: list[str] = []
     option = None
     for argument in arguments:
-        if argument.startswith("--"):
+        if OPTION.match(argument):  # "-90%" is a domain
             option = argument if argument in MULTIPLE else None
             spread.append(argument)
         elif option and spread[-1] != option:

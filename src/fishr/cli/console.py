@@ -43,7 +43,6 @@ def warnings_to_stderr() -> None:
     logger = logging.getLogger("fishr")
     logger.handlers = [Handler()]
     logger.propagate = False
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

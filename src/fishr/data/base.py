@@ -88,7 +88,8 @@ class MultiDomainDataset:
             )
         if self.test_domain not in self.trainable_domains:
             raise DataError(
-                f"the test domain {self.test_domain!r} of {self.name!r} is not one of {', '.join(self.trainable_domains)}"
+                f"the test domain of {self.name!r} must be one of {', '.join(self.trainable_domains)}, "
+                f"got {self.test_domain!r}"
             )
         for domain, (inputs, targets) in self.domains.items():
             if len(inputs) != len(targets) or len(targets) == 0:

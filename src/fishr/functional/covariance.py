@@ -14,6 +14,8 @@ The one with the smaller matrix is taken, for each parameter tensor.
 import torch
 from torch import Tensor
 
+from fishr.errors import InputError
+from fishr.functional.distributed import is_distributed
 from fishr.functional.domains import Domains, GroupedSamples, group_by_domain
 from fishr.functional.penalty import variance_penalty
 
@@ -45,8 +47,13 @@ def domain_gradient_covariance_distance(
         A scalar, differentiable with respect to features and residuals.
 
     Raises:
-        InputError: see :func:`fishr.functional.domains.group_by_domain`.
+        InputError: a data-parallel run of several ranks, over which covariances are not summed; else see
+            :func:`fishr.functional.domains.group_by_domain`.
     """
+    if is_distributed():
+        raise InputError(
+            "the covariance distance is not available over several ranks: use the variance, or one process"
+        )
     samples = group_by_domain(features, residuals, domains, num_domains, mask)
     with torch.autocast(features.device.type, enabled=False):
         dtype = torch.promote_types(samples.features.dtype, samples.residuals.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fishr.errors import InputError
+from fishr.functional.distributed import is_distributed, sum_over_ranks
 
 Domains = Tensor | Sequence[int]
 """int64 ``[sample]``, the domain of each sample; or sizes, when samples lie domain after domain."""
@@ -31,7 +32,7 @@ class GroupedSamples:
         residuals: ``[sample, class]``, zero for samples that do not count.
         mask: ``[sample]`` bool, the samples that count; None when all do.
         sizes: Samples of each domain, those that do not count included.
-        counts: ``[domain]`` float64, the samples of each domain that count.
+        counts: ``[domain]``, the samples of each domain that count, over all ranks of a data-parallel run.
     """
 
     features: Tensor
@@ -55,7 +56,7 @@ def group_by_domain(
 
     Raises:
         InputError: shapes that do not fit, fewer than two domains, a domain index out of range, or a
-            domain without a sample. The value checks run where they cost no device synchronisation.
+            domain without a sample on any rank. Value checks run where they cost no device synchronisation.
     """
     if features.ndim != 2 or residuals.ndim != 2 or features.shape[0] != residuals.shape[0]:
         raise InputError(
@@ -74,17 +75,19 @@ def group_by_domain(
         mask = None if mask is None else mask[order]
     else:
         sizes = _check_sizes(domains, num_domains, num_samples)
-    _check_no_domain_is_empty(sizes)
 
     if residuals.dtype not in (torch.float32, torch.float64):
         residuals = residuals.float()
+    if mask is None and not is_distributed():
+        _check_no_domain_is_empty(sizes)
     if mask is None:
-        counts = torch.tensor(sizes, dtype=torch.float64, device=features.device)
+        counts = torch.tensor(sizes, dtype=residuals.dtype, device=features.device)
     else:
         residuals = residuals * mask.unsqueeze(1)
-        counts = torch.stack([part.sum(dtype=torch.float64) for part in torch.split(mask, list(sizes))])
-        if values_may_be_checked(counts):
-            _check_no_domain_is_empty(counts.tolist())
+        counts = torch.stack([part.sum(dtype=residuals.dtype) for part in torch.split(mask, list(sizes))])
+    sum_over_ranks(counts)
+    if values_may_be_checked(counts):
+        _check_no_domain_is_empty(counts.tolist())
     return GroupedSamples(features, residuals, mask, sizes, counts)
 
 

@@ -9,6 +9,10 @@ n_e samples of a domain are matrix products, so no per-sample gradient is stored
 Memory is O(classes · features) per domain instead of O(samples · classes · features). With many samples
 the products are bound by memory traffic, so each domain is walked in chunks that stay in the cache, forward
 and backward, and features in half precision are widened chunk by chunk.
+
+In a data-parallel run (torch.distributed) moments and counts are summed over ranks, so every rank gets the variances of
+the whole batch; the backward pass sums the incoming gradient over ranks, so that the average of the ranks' gradients,
+which DistributedDataParallel takes, is the gradient of one process with the whole batch.
 """
 
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fishr.functional.distributed import sum_over_ranks
 from fishr.functional.domains import Domains, group_by_domain
 
 CHUNK_ELEMENTS = 2**18
@@ -89,6 +94,7 @@ def _head_variances(
                 variances[domain, :, num_features] += r_squared.sum(0)
                 if centered:
                     means[domain, :, num_features] += r.sum(0)
+    sum_over_ranks(variances, *([means] if centered else []))
     per_domain = counts.to(dtype).view(-1, 1, 1)
     variances /= per_domain
     if centered:
@@ -118,6 +124,7 @@ def _head_variances_backward(
     num_features = features.shape[1]
     per_domain = counts.to(grad.dtype).view(-1, 1, 1)
     scaled = grad * (2 / per_domain)
+    sum_over_ranks(scaled)
     through_mean = -scaled * means if means.numel() else None
     grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
     with torch.autocast(features.device.type, enabled=False):

@@ -17,10 +17,11 @@ from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.base import Algorithm, Losses
 from fishr.data.base import MultiDomainDataset, Samples
 from fishr.data.sampling import BatchSampler, split_indices
-from fishr.errors import DataError, NonFiniteLossError, RunError, RunInterruptedError
+from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models.build import build_model
 from fishr.models.saved import ModelCard, SavedModel
 from fishr.records import Metrics, RunRecord, Split
+from fishr.registry import unknown
 from fishr.training.checkpoint import Progress, newest_checkpoint, restore_checkpoint, save_checkpoint
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
@@ -30,7 +31,8 @@ from fishr.training.signals import stop_on_signal
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
 
-logger = logging.getLogger(__name__)
+# Fabric writes what precision it uses to stderr; a library does not.
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 class Observer(Protocol):
@@ -90,16 +92,14 @@ def train(
         RunError: the folder holds another run, all its checkpoints are damaged, or it cannot be written.
         RunInterruptedError: SIGINT or SIGTERM came; the state was saved.
         NonFiniteLossError: a loss term became NaN or infinite.
-        ConfigError: the config does not fit the dataset.
+        ConfigError: the config does not fit the dataset, or there is no such device.
     """
     dataset.check_test_domains(config.test_domains)
     try:
+        fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
             return RunResult(output, folder.records(), trained=False)
-        fabric = Fabric(
-            accelerator=device, devices=1, precision="32-true" if config.precision == "32" else config.precision
-        )
         forked = [fabric.device] if fabric.device.type == "cuda" else []
         with torch.random.fork_rng(forked):
             _Run(config, dataset, folder, fabric, observer or Silent()).finish()
@@ -241,6 +241,15 @@ class _LossMonitor:
         last_good = newest_checkpoint(self.folder.checkpoints)
         kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was saved before"
         return f"at step {step} {' and '.join(bad)}; {kept}; try a smaller lr or penalty weight"
+
+
+def _fabric(device: str, config: RunConfig) -> Fabric:
+    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if device not in available:
+        raise unknown("device", device, available)
+    if not available[device]:
+        raise ConfigError(f"device {device!r} is not available here: torch finds none; use 'auto' or 'cpu'")
+    return Fabric(accelerator=device, devices=1, precision="32-true" if config.precision == "32" else config.precision)
 
 
 def _split_all(dataset: MultiDomainDataset, config: RunConfig) -> dict[str, dict[Split, Samples]]:

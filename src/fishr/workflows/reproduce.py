@@ -16,7 +16,7 @@ PUBLISHED: Mapping[str, Spread] = {
     "vrex": Spread((71.7, 67.2, 68.6), (1.5, 1.5, 2.2)),
     "fishr": Spread((71.0, 69.5, 70.2), (0.9, 1.0, 1.1)),
 }
-"""Table 2 as in the README of the authors' repository: mean and standard deviation over 10 restarts, label flip 0.25."""
+"""Table 2 as in the README of the authors' repository: mean and std over 10 restarts, label flip 0.25."""
 
 PUBLISHED_LABEL_FLIP = 0.25
 

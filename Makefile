@@ -1,0 +1,30 @@
+# The two commands of the README. Each makes .venv when it is not there, or when pyproject.toml changed.
+PYTHON ?= python3.11
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types clean
+
+demo: .venv/installed
+	.venv/bin/fishr demo
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/installed-dev
+	.venv/bin/mypy
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,162 @@
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from fishr.algorithms import ALGORITHMS
+from fishr.data import MultiDomainDataset
+from fishr.errors import ConfigError
+from fishr.models import ModelConfig
+from fishr.training import RunConfig
+from small_runs import run_config
+
+
+def config(**changes: Any) -> RunConfig:
+    return dataclasses.replace(run_config("fishr"), **changes)
+
+
+CHANGES: dict[str, Any] = {
+    "data": "colored-mnist",
+    "test_domains": ("+80%",),
+    "algorithm": "erm",
+    "hparams": run_config("fishr").hparams.updated({"lr": 2e-2}),
+    "model": ModelConfig("noisy", init="xavier"),
+    "steps": 13,
+    "checkpoint_every": 3,
+    "data_options": {"subset": 61},
+    "seed": 4,
+    "trial": 1,
+    "out_fraction": 0.1,
+    "precision": "bf16-mixed",
+}
+
+
+def test_the_hash_is_that_of_every_equal_config() -> None:
+    assert config().hash == run_config("fishr").hash
+    assert config(data_options={"subset": 60, "label_flip": 0.0}).hash == (
+        config(data_options={"label_flip": 0.0, "subset": 60}).hash
+    )
+    assert len(config().hash) == 16
+
+
+def test_the_hash_is_the_same_in_every_release() -> None:
+    """Folders named by it must be found again: a change of this value is a change for every user."""
+    fixed = RunConfig(
+        data="colored-digits",
+        test_domains=("-90%",),
+        algorithm="erm",
+        hparams=ALGORITHMS["erm"].Config(),
+        model=ModelConfig("mlp"),
+        steps=10,
+        checkpoint_every=5,
+    )
+    assert fixed.hash == "HASH"
+
+
+def test_every_field_is_in_the_hash() -> None:
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(RunConfig)}
+    hashes = {config(**{name: value}).hash for name, value in CHANGES.items()}
+    assert len(hashes | {config().hash}) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize(
+    "hparams", [{"ema": 0.8}, {"switch_on": 5}, {"reset_optimizer": False}, {"batch_size": None}, {"l2": 1e-9}]
+)
+def test_every_hyperparameter_is_in_the_hash(hparams: dict[str, Any]) -> None:
+    assert config(hparams=config().hparams.updated(hparams)).hash != config().hash
+
+
+@pytest.mark.xfail(reason="1 and 1.0 are hashed as they are written", strict=True)
+def test_a_number_written_as_whole_is_the_same_number() -> None:
+    """``--set penalty_weight=8089`` and ``penalty_weight=8089.0`` are one run."""
+    whole, decimal = (config(hparams=config().hparams.updated({"penalty_weight": value})) for value in (8089, 8089.0))
+    assert whole.hash == decimal.hash
+
+
+@pytest.mark.xfail(reason="differences() compares 1 and 1.0 as equal", strict=True)
+def test_a_step_is_not_a_share() -> None:
+    """``switch_on=1`` is the second step, ``switch_on=1.0`` is never."""
+    step, share = (config(hparams=config().hparams.updated({"switch_on": value})) for value in (1, 1.0))
+    assert step.hash != share.hash
+    assert step.differences(share) == ["hparams.switch_on: 1 → 1.0"]
+
+
+@pytest.mark.xfail(reason="the order of the held-out domains is hashed, and changes no result", strict=True)
+def test_the_order_of_held_out_domains_does_not_matter() -> None:
+    assert config(test_domains=("+80%", "-90%")).hash == config(test_domains=("-90%", "+80%")).hash
+
+
+def test_reads_back_from_json() -> None:
+    original = config(model=ModelConfig("mlp", {"width": 3}, "xavier"), test_domains=("+80%", "-90%"))
+    content = json.loads(json.dumps(original.as_dict()))
+    assert RunConfig.from_dict(content) == original
+    assert RunConfig.from_dict(content).hash == original.hash
+    assert type(RunConfig.from_dict(content).hparams) is type(original.hparams)
+
+
+def test_differences_are_listed_one_by_one() -> None:
+    other = config(
+        steps=20,
+        data_options={"label_flip": 0.0},
+        hparams=config().hparams.updated({"ema": 0.5, "batch_size": None}),
+        model=ModelConfig("mlp", {"width": 3}),
+    )
+    assert config().differences(other) == [
+        "hparams.batch_size: 8 → None",
+        "hparams.ema: 0.9 → 0.5",
+        "model.featurizer: noisy → mlp",
+        "steps: 12 → 20",
+        "data_options.subset: 60 → not set",
+        "model.options.width: not set → 3",
+        "data_options.label_flip: not set → 0.0",
+    ]
+    assert config().differences(config()) == []
+
+
+def test_all_problems_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(steps=0, checkpoint_every=-1, seed=-2, trial=-3, precision="16", out_fraction=1.0)
+    assert str(caught.value).split("; ") == [
+        "steps must be at least 1, got 0",
+        "checkpoint_every must be at least 1, got -1",
+        "seed must be at least 0, got -2",
+        "trial must be at least 0, got -3",
+        "precision must be one of 32, bf16-mixed, got '16'",
+        "out_fraction must lie in [0, 1), got 1.0",
+    ]
+
+
+@pytest.mark.xfail(reason="RunConfig does not look at types", raises=TypeError, strict=True)
+def test_a_value_of_the_wrong_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match="steps must be a whole number, got '12'"):
+        config(steps="12")
+
+
+@pytest.mark.parametrize("name", ["seed", "trial", "out_fraction"])
+def test_zero_is_allowed(name: str) -> None:
+    assert getattr(config(**{name: 0}), name) == 0
+
+
+def test_the_customary_choices_of_a_dataset(digits: MultiDomainDataset) -> None:
+    chosen = RunConfig.for_dataset(digits, "fishr", steps=500)
+    assert (chosen.data, chosen.test_domains, chosen.checkpoint_every) == ("colored-digits", ("-90%",), 50)
+    assert (chosen.model, chosen.hparams) == (ModelConfig("mlp"), ALGORITHMS["fishr"].Config())
+    assert RunConfig.for_dataset(digits, "erm", steps=5).checkpoint_every == 1
+    images = dataclasses.replace(digits, kind="small_images")
+    assert RunConfig.for_dataset(images, "erm", steps=5).model == ModelConfig("mnist-cnn")
+    large = dataclasses.replace(digits, kind="images")
+    assert RunConfig.for_dataset(large, "erm", steps=5).hparams.lr == 5e-5
+
+
+def test_given_choices_are_taken(digits: MultiDomainDataset) -> None:
+    chosen = RunConfig.for_dataset(
+        digits, "erm", steps=500, test_domains=("+80%",), hparams={"lr": 1}, checkpoint_every=7, trial=2
+    )
+    assert (chosen.test_domains, chosen.checkpoint_every, chosen.trial) == (("+80%",), 7, 2)
+    assert (chosen.hparams.lr, chosen.hparams.batch_size) == (1, 64)
+
+
+def test_an_unknown_algorithm_suggests_the_nearest(digits: MultiDomainDataset) -> None:
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'fisher'; did you mean 'fishr'\? \(known: erm, "):
+        RunConfig.for_dataset(digits, "fisher", steps=5)
