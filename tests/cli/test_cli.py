@@ -166,14 +166,6 @@ def test_demo_writes_results(capsys, tmp_path):
 def test_values_are_spread_over_repeated_options():
     spread = spread_values(["--methods", "a", "b", "-q", "--x", "c"])
     assert spread == ["--methods", "a", "--methods", "b", "-q", "--x", "c"]
-        "--methods",
-        "a",
-        "--methods",
-        "b",
-        "-q",
-        "--x",
-        "c",
-    ]
     assert spread_values(["--test-domain", "+90%", "-90%"]) == ["--test-domain", "+90%", "--test-domain", "-90%"]
     assert spread_values(["--set", "x=1", "--set", "y=-1", "z=2"]) == [
         "--set",

@@ -73,8 +73,8 @@ def colored_digits(
 
     The first 1,400 scans (UCI Optical Recognition of Handwritten Digits, in their order) go in turn to the domains
     "+80%" and "+90%"; the rest, by other writers, are "-90%" and "gray" as in :func:`colored_mnist_irm`. A training
-    scan is repeated under its nine shifts of at most one pixel, all unshifted scans first; each copy has label and color
-    flips of its own.
+    scan is repeated under its nine shifts of at most one pixel, all unshifted scans first; each copy has label and
+    color flips of its own.
 
     Args:
         root: Not used.

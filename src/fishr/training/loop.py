@@ -136,6 +136,7 @@ class _Run:
         self.algorithm.autocast = fabric.autocast
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
 
+        folder.create()
         progress = restore_checkpoint(folder.checkpoints, self.algorithm, self.optimizers)
         self.step = 0 if progress is None else progress.step
         self.monitor = _LossMonitor(folder, looks_every=1 if fabric.device.type == "cpu" else STEPS_BETWEEN_LOOKS)

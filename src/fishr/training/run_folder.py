@@ -1,6 +1,7 @@
 """The folder of a run: config, records, checkpoints, model, and whether it is done."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ class RunFolder:
     """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/``, ``DONE``.
 
     Args:
-        path: The folder; made when it is not there.
+        path: The folder; :meth:`create` makes it when it is not there.
         config: The run. A folder that holds another run is refused.
 
     Raises:
@@ -28,9 +29,9 @@ class RunFolder:
         self.path, self.config = path, config
         self.checkpoints, self.model = path / "checkpoints", path / "model"
         self.metrics = path / "metrics.jsonl"
-        config_file = path / "config.json"
-        if config_file.exists():
-            differences = _read_config(config_file).differences(config)
+        self.config_file = path / "config.json"
+        if self.config_file.exists():
+            differences = _read_config(self.config_file).differences(config)
             if differences:
                 raise RunError(
                     f"{path} holds a run with another config ({'; '.join(differences)}): "
@@ -38,9 +39,13 @@ class RunFolder:
                 )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path} exists and is not a run (it has no config.json): choose another --output")
-        else:
-            self.checkpoints.mkdir(parents=True)
-            write_text(config_file, json.dumps({"format": FORMAT, **config.as_dict()}, indent=2) + "\n")
+
+    def create(self) -> None:
+        """Make the folder and write the config, where that has not been done."""
+        if not self.config_file.exists():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            content = {"format": FORMAT, **self.config.as_dict()}
+            write_text(self.config_file, json.dumps(content, indent=2) + "\n")
 
     @property
     def done(self) -> bool:
@@ -57,6 +62,8 @@ class RunFolder:
     def append(self, record: RunRecord) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, model: SavedModel) -> None:
         """Write the model and mark the run as done; its checkpoints are of no more use."""
