@@ -66,12 +66,15 @@ def time_alternating(
     """Seconds of each call; in every round each job runs once, in turning order, so that drift hits all alike."""
     names = list(jobs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # the collections between calls then look at what the calls left, and nothing else
     for turn in range(warm_up + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             duration = _time(jobs[name])
             if turn >= warm_up:
                 seconds[name].append(duration)
+    gc.unfreeze()
     return seconds
 
 

@@ -22,7 +22,7 @@ def run(script, name, output, *options):
     assert (output / f"{name}.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
     written = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))
     assert written["setup"].keys() == SETUP
-    assert written["setup"]["environment"] == {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert written["setup"]["environment"].keys() == {"THP_MEM_ALLOC_ENABLE"}
     assert written["goals"] == []  # toy sizes are not judged
     return written["results"]
 

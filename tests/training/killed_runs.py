@@ -8,13 +8,14 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fishr.errors import FishrError
+from fishr.errors import FishrError, RunInterruptedError
 from fishr.training import RunConfig, train
 from fishr.training.loop import Silent
 from small_runs import RUNS, noisy_registered, run_config, small_digits
@@ -22,6 +23,8 @@ from small_runs import RUNS, noisy_registered, run_config, small_digits
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 KILLS_IN_A_ROW = (9, 14, 22, 5, 17)
 """Write at which each process in turn is killed."""
+SIGNALS_IN_A_ROW = ((10, signal.SIGKILL), (30, signal.SIGTERM), (50, signal.SIGKILL), (70, signal.SIGINT))
+"""Updates after which each process in turn is sent a signal."""
 
 DIGITS = small_digits()
 
@@ -49,14 +52,17 @@ def in_process(job: Callable[[], object]) -> int:
     try:
         job()
         code = 0
+    except RunInterruptedError as error:
+        code = 128 + error.signal_number
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def was_killed(pid: int) -> bool:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+def exit_code(pid: int) -> int:
+    """Minus the signal's number for a process that was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def run_until_write(config: RunConfig, folder: Path, write: int) -> bool:
@@ -66,7 +72,7 @@ def run_until_write(config: RunConfig, folder: Path, write: int) -> bool:
         die_at_write(write)
         train(config, DIGITS, folder, device="cpu")
 
-    return was_killed(in_process(job))
+    return exit_code(in_process(job)) == -signal.SIGKILL
 
 
 def killed_at_every_write(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -87,27 +93,33 @@ def killed_in_a_row(config: RunConfig, folder: Path) -> dict[str, Any]:
     return {"kills": kills}
 
 
-def killed_from_outside(config: RunConfig, folder: Path, after: tuple[int, ...]) -> dict[str, Any]:
-    """Kill a process when it says that it has made so many updates, wherever it has got to by then."""
-    kills = 0
-    for step in after:
+class Telling(Silent):
+    """Says how many updates have been made, and after so many slows down, so that the run cannot end meanwhile."""
+
+    def __init__(self, pipe: int, slow_after: int) -> None:
+        self.pipe, self.slow_after = pipe, slow_after
+
+    def on_step(self, step: int, losses: Mapping[str, float]) -> None:
+        os.write(self.pipe, f"{step}\n".encode())
+        if step > self.slow_after:
+            time.sleep(0.2)
+
+
+def stopped_from_outside(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Send a process a signal when it says that it has made so many updates, wherever it has got to by then."""
+    codes = []
+    for after, number in SIGNALS_IN_A_ROW:
         readable, writable = os.pipe()
-
-        class Telling(Silent):
-            def on_step(self, step: int, losses: Mapping[str, float], end: int = writable) -> None:
-                os.write(end, f"{step}\n".encode())
-
-        pid = in_process(
-            lambda telling=Telling(): train(config, DIGITS, folder / "killed", device="cpu", observer=telling)
-        )
+        telling = Telling(writable, slow_after=after + 10)
+        pid = in_process(partial(train, config, DIGITS, folder / "killed", device="cpu", observer=telling))
         os.close(writable)
         with os.fdopen(readable) as told:
-            while (line := told.readline()) and int(line) < step:
+            while int(told.readline()) < after:
                 pass
-            os.kill(pid, signal.SIGKILL)
-        kills += was_killed(pid)
+            os.kill(pid, number)
+        codes.append(exit_code(pid))
     train(config, DIGITS, folder / "killed", device="cpu")
-    return {"kills": kills}
+    return {"codes": codes}
 
 
 def main(folder: Path) -> None:
@@ -115,10 +127,7 @@ def main(folder: Path) -> None:
         name: (run_config(name), killed_in_a_row) for name in RUNS
     }
     jobs["every-write"] = (run_config("erm", steps=3, checkpoint_every=1), killed_at_every_write)
-    jobs["outside"] = (
-        run_config("fishr", steps=100, checkpoint_every=3),
-        partial(killed_from_outside, after=(10, 35, 60)),
-    )
+    jobs["outside"] = (run_config("fishr", steps=100, checkpoint_every=3), stopped_from_outside)
     report = {}
     with noisy_registered():
         for name, (config, job) in jobs.items():
