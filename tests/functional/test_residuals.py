@@ -155,3 +155,38 @@ def test_targets_of_another_shape_than_the_logits(loss, outputs, targets):
     message = re.escape(f"must have the shape of the logits, [6, {outputs}], got {came}")
     with pytest.raises(InputError, match=message):
         loss_residuals(loss, torch.zeros(6, outputs), torch.zeros(targets))
+
+
+# Shapes and values that do not fit
+
+
+@pytest.mark.parametrize("function", [loss_residuals, per_sample_losses])
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(1).long(), torch.zeros(5, 1).long(), torch.zeros(1, 3), torch.zeros(5, 4)], ids=str
+)
+def test_class_targets_of_another_shape(function, targets):
+    message = r"integers \[sample\] = \[5\] or probabilities \[sample, class\] = \[5, 3\], got (int64|float32) "
+    with pytest.raises(InputError, match=message):
+        function(nn.CrossEntropyLoss(), torch.zeros(5, 3), targets)
+
+
+@pytest.mark.parametrize("function", [loss_residuals, per_sample_losses])
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_class_out_of_range(function, target):
+    targets = torch.tensor([0, -100, target])
+    with pytest.raises(InputError, match=f"target {target} is out of range: the head has 3 outputs"):
+        function(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets)
+
+
+@pytest.mark.parametrize("function", [loss_residuals, per_sample_losses])
+def test_a_binary_weight_that_would_widen_the_logits(function):
+    loss = nn.BCEWithLogitsLoss(weight=torch.ones(5))
+    with pytest.raises(InputError, match=r"must broadcast to the logits, \[5, 1\], got \[5\].* shape \[5, 1\]"):
+        function(loss, torch.zeros(5, 1), torch.zeros(5))
+
+
+@pytest.mark.parametrize("function", [loss_residuals, per_sample_losses])
+@pytest.mark.parametrize("loss", [nn.BCEWithLogitsLoss(), nn.MSELoss()], ids=repr)
+def test_binary_targets_of_another_length(function, loss):
+    with pytest.raises(InputError, match=r"shape of the logits, \[5, 1\], got \[4\]"):
+        function(loss, torch.zeros(5, 1), torch.zeros(4))

@@ -381,3 +381,20 @@ def test_a_domain_of_which_no_sample_counts_is_named(function, domains):
 def test_the_penalty_of_a_perfect_head_is_zero():
     variances = domain_gradient_variances(FEATURES, torch.zeros_like(RESIDUALS), (5, 5), 2)
     assert variance_penalty(variances).item() == 0
+
+
+def test_a_mask_that_is_not_bool():
+    with pytest.raises(InputError, match=r"mask must be a bool tensor \[sample\] = \[10\], got float32 \[10\]"):
+        domain_gradient_variances(FEATURES, RESIDUALS, (5, 5), 2, mask=torch.ones(10))
+
+
+def test_sizes_that_are_not_whole_numbers():
+    with pytest.raises(InputError, match=r"counts that add up to the 10 samples, got \(5\.0, 5\.0\)"):
+        domain_gradient_variances(FEATURES, RESIDUALS, (5.0, 5.0), 2)
+
+
+def test_an_index_out_of_range_is_found_where_values_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr("fishr.functional.domains.values_may_be_checked", lambda _: False)
+    domains = torch.tensor([0, 1, 2, 0, 1, 0, 1, 0, 1, 0])
+    with pytest.raises(InputError, match="domain index 2 is out of range for num_domains=2"):
+        domain_gradient_variances(FEATURES, RESIDUALS, domains, 2)

@@ -111,3 +111,19 @@ def test_double_keeps_a_history_in_double():
 def test_a_decay_outside_its_bounds(decay):
     with pytest.raises(ConfigError, match=rf"decay of a moving average must lie in \[0, 1\), got {decay}"):
         MovingAverage((1,), decay)
+
+
+def test_the_history_is_never_half_precision():
+    average = MovingAverage((2, 3), 0.9).bfloat16()
+    assert average.history.dtype == torch.float32
+    assert average.double().history.dtype == torch.float64
+
+
+def test_compiled_gradients_are_those_of_eager_steps():
+    eager, compiled = MovingAverage((2, 3), 0.9), MovingAverage((2, 3), 0.9)
+    function = torch.compile(lambda value: compiled(value).square().sum(), backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        values = [torch.full((2, 3), float(step + 1), requires_grad=True) for _ in range(2)]
+        eager(values[0]).square().sum().backward()
+        function(values[1]).backward()
+        torch.testing.assert_close(values[1].grad, values[0].grad)

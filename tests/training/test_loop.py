@@ -3,6 +3,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_the_last_record_is_what_the_saved_model_does(digits: MultiDomainDataset
             part = Samples(samples.inputs[indices], samples.targets[indices])
             assert evaluate(as_algorithm, part, CPU) == result.records[-1].domains[name][split]
     assert model.card.provenance["config"] == config.as_dict()
-    assert model.card.provenance["versions"]["torch"] == torch.__version__
+    assert model.card.provenance["versions"]["torch"] == version("torch")
     last = result.records[-1].domains
     assert model.card.provenance["accuracy"] == {
         name: {split: metrics.accuracy for split, metrics in splits.items()} for name, splits in last.items()
@@ -224,7 +225,7 @@ def test_without_a_checkpoint_before_it_says_so(digits: MultiDomainDataset, tmp_
     config = dataclasses.replace(run_config(), algorithm="breaking")
     with (
         registered(ALGORITHMS, "breaking", Breaking),
-        pytest.raises(NonFiniteLossError, match="^at step 1 wild is nan; no checkpoint was saved before; try"),
+        pytest.raises(NonFiniteLossError, match=r"^at step 1 wild is nan; no checkpoint was saved before; try"),
     ):
         train(config, digits, tmp_path / "run", device="cpu")
 
@@ -293,7 +294,7 @@ def test_hyperparameters_of_another_algorithm_are_refused(digits: MultiDomainDat
 @pytest.mark.xfail(reason="train() does not compare the names", strict=True)
 def test_another_dataset_than_the_configs_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(numbered_config(), data="colored-digits")
-    with pytest.raises(ConfigError, match="'colored-digits'.*'numbered'"):
+    with pytest.raises(ConfigError, match=r"'colored-digits'.*'numbered'"):
         train(config, numbered(), tmp_path / "run", device="cpu")
 
 

@@ -1,5 +1,6 @@
 """Sums over the ranks of a data-parallel run."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -9,8 +10,10 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def sum_over_ranks(*tensors: Tensor) -> None:
-    """Replace each tensor by its sum over ranks; without several ranks, leave it."""
-    if is_distributed():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over ranks; without several ranks, the tensor itself."""
+    if not is_distributed():
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -85,7 +85,7 @@ def group_by_domain(
     else:
         residuals = residuals * mask.unsqueeze(1)
         counts = torch.stack([part.sum(dtype=residuals.dtype) for part in torch.split(mask, list(sizes))])
-    sum_over_ranks(counts)
+    counts = sum_over_ranks(counts)
     if values_may_be_checked(counts):
         _check_no_domain_is_empty(counts.tolist())
     return GroupedSamples(features, residuals, mask, sizes, counts)

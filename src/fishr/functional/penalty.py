@@ -1,7 +1,8 @@
 """The Fishr penalty: how far the domains' gradient variances lie from their mean."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fishr.errors import ConfigError, InputError
@@ -37,10 +38,28 @@ def variance_penalty(variances: Tensor, *, reduction: Reduction = "mean") -> Ten
     check_reduction(reduction)
     if variances.ndim == 0 or variances.shape[0] < 2:
         raise InputError(f"variances must be [domain, ...] with at least 2 domains, got {list(variances.shape)}")
-    squared_distances = (variances - variances.mean(0)).square()
-    return squared_distances.mean() if reduction == "mean" else squared_distances.sum()
+    distance: Tensor = _SquaredDistance.apply(variances)
+    return distance / variances.numel() if reduction == "mean" else distance
 
 
 def check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """Σ_e ‖v_e − v̄‖², whose gradient 2 (v_e − v̄) is computed from the variances again.
+
+    Plain operations would keep the differences and several temporaries of the variances' size alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, variances: Tensor) -> Tensor:
+        ctx.save_for_backward(variances)
+        mean = variances.mean(0)
+        return torch.stack([(of_domain - mean).square().sum() for of_domain in variances]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        variances: Tensor = ctx.saved_tensors[0]
+        return (variances - variances.mean(0)).mul_(2 * grad)

@@ -149,10 +149,10 @@ def _check_class_targets(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Ten
             f"[{num_samples}, {num_classes}], got {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"
         )
     if not targets.is_floating_point() and values_may_be_checked(targets):
-        out_of_range = targets[(targets != loss.ignore_index) & ((targets < 0) | (targets >= num_classes))]
-        if len(out_of_range):
+        out_of_range = ((targets < 0) | (targets >= num_classes)) & (targets != loss.ignore_index)
+        if out_of_range.any():
             raise InputError(
-                f"target {int(out_of_range[0])} is out of range: the head has {num_classes} outputs, "
+                f"target {int(targets[out_of_range][0])} is out of range: the head has {num_classes} outputs, "
                 f"so classes run from 0 to {num_classes - 1}"
             )
 

@@ -86,19 +86,19 @@ def _head_variances(
     with torch.autocast(features.device.type, enabled=False):
         for domain, chunk in _chunks(sizes, features):
             r, h = residuals[chunk].to(dtype), features[chunk].to(dtype)
-            r_squared = r.square()
-            variances[domain, :, :num_features].addmm_(r_squared.T, h.square())
-            if centered:
-                means[domain, :, :num_features].addmm_(r.T, h)
+            r_over_n = r / counts[domain].to(dtype)
+            r_squared_over_n = r * r_over_n
+            variances[domain, :, :num_features].addmm_(r_squared_over_n.T, h.square())
             if bias:
-                variances[domain, :, num_features] += r_squared.sum(0)
-                if centered:
-                    means[domain, :, num_features] += r.sum(0)
-    sum_over_ranks(variances, *([means] if centered else []))
-    per_domain = counts.to(dtype).view(-1, 1, 1)
-    variances /= per_domain
+                variances[domain, :, num_features] += r_squared_over_n.sum(0)
+            if centered:
+                means[domain, :, :num_features].addmm_(r_over_n.T, h)
+                if bias:
+                    means[domain, :, num_features] += r_over_n.sum(0)
     if centered:
-        means /= per_domain
+        means = sum_over_ranks(means)
+    variances = sum_over_ranks(variances)
+    if centered:
         variances.addcmul_(means, means, value=-1)
     return variances, means
 
@@ -118,33 +118,33 @@ def _head_variances_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to features and residuals.
 
-    With G = ∂L/∂v_e and B = −2 m_e∘G (zero when not centred):
-        ∂L/∂H = (2 H∘(R∘R G) + R B) / n_e        ∂L/∂R = (2 R∘(H∘H Gᵀ) + H Bᵀ) / n_e
+    With G = ∂L/∂v_e and P = m_e∘G (zero when not centred):
+        ∂L/∂H = 2/n_e (H∘(R∘R G) − R P)        ∂L/∂R = 2/n_e (R∘(H∘H Gᵀ) − H Pᵀ)
     """
     num_features = features.shape[1]
-    per_domain = counts.to(grad.dtype).view(-1, 1, 1)
-    scaled = grad * (2 / per_domain)
-    sum_over_ranks(scaled)
-    through_mean = -scaled * means if means.numel() else None
+    grad = sum_over_ranks(grad)
     grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
+    through_mean, of_domain = None, None
     with torch.autocast(features.device.type, enabled=False):
         for domain, chunk in _chunks(sizes, features):
+            if domain != of_domain:
+                of_domain, factor, weight = domain, 2 / counts[domain].to(grad.dtype), grad[domain]
+                through_mean = means[domain] * weight if means.numel() else None
             r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
-            weight = scaled[domain, :, :num_features]
-            grad_h = _product(r.square(), weight, out=grad_features[chunk]).mul_(h)
-            grad_r = h.square() @ weight.T
+            r_scaled = r * factor
+            grad_h = _product(r * r_scaled, weight[:, :num_features], out=grad_features[chunk]).mul_(h)
+            grad_r = h.square() @ weight[:, :num_features].T
             if bias:
-                grad_r += scaled[domain, :, num_features]
+                grad_r += weight[:, num_features]
             grad_r *= r
             if through_mean is not None:
-                weight = through_mean[domain, :, :num_features]
-                grad_h.addmm_(r, weight)
-                grad_r.addmm_(h, weight.T)
+                grad_h.addmm_(r_scaled, through_mean[:, :num_features], alpha=-1)
+                grad_r.addmm_(h, through_mean[:, :num_features].T, alpha=-1)
                 if bias:
-                    grad_r += through_mean[domain, :, num_features]
+                    grad_r -= through_mean[:, num_features]
             if grad_h.dtype != features.dtype:
                 grad_features[chunk] = grad_h
-            grad_residuals[chunk] = grad_r
+            grad_residuals[chunk] = grad_r.mul_(factor)
     return grad_features, grad_residuals
 
 

@@ -61,7 +61,7 @@ def _add_history(value: Tensor, history: Tensor, factor: float) -> Tensor:
     As plain operations the sum may be recomputed in the backward pass, when the buffer already holds the next history:
     compiled gradients were silently wrong (torch 2.15; a test holds this).
     """
-    return value + history * factor
+    return torch.add(value, history, alpha=factor)
 
 
 @_add_history.register_fake
