@@ -151,11 +151,15 @@ def test_demo_writes_results(capsys, tmp_path):
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "ERM" in shown.out
+    assert "done before" not in shown.out
     assert "unseen" in shown.out
     content = json.loads((tmp_path / "results.json").read_text())
     assert [(run["algorithm"], run["seed"]) for run in content["runs"]] == [("erm", 0), ("fishr", 0)]
     for run in content["runs"]:
         assert all(0 <= run[f"{name}_accuracy"] <= 100 for name in ("train", "unseen", "gray"))
+
+    assert main(arguments) == 0
+    assert "All runs were done before" in capsys.readouterr().out
 
     assert main([*arguments, "--json", "--quiet"]) == 0
     shown = capsys.readouterr()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fishr.cli.app import call, spread_values
-from fishr.cli.console import print_error, warnings_to_stderr
+from fishr.cli.console import print_error, print_notice, warnings_to_stderr
 from fishr.errors import FishrError, RunInterruptedError
 
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return call(spread_values(sys.argv[1:] if arguments is None else arguments))
     except RunInterruptedError as error:
-        print_error(str(error))
+        print_notice(str(error))
         return 128 + error.signal_number
     except FishrError as error:
         print_error(str(error))

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -28,9 +29,14 @@ stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
 
-def print_error(message: str) -> None:
+def print_notice(message: str) -> None:
     """One line on stderr."""
-    stderr.print(f"fishr: error: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    stderr.print(f"fishr: {' '.join(message.split())}", markup=False, soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """One line on stderr that says it is an error."""
+    print_notice(f"error: {message}")
 
 
 def warnings_to_stderr() -> None:
@@ -38,7 +44,7 @@ def warnings_to_stderr() -> None:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            stderr.print(f"fishr: {record.levelname.lower()}: {record.getMessage()}", markup=False, soft_wrap=True)
+            print_notice(f"{record.levelname.lower()}: {record.getMessage()}")
 
     logger = logging.getLogger("fishr")
     logger.handlers = [Handler()]
@@ -118,6 +124,7 @@ class LiveRuns:
     def __init__(self, titles: Mapping[str, str], *, num_runs: int, quiet: bool) -> None:
         self.titles, self.num_runs, self.quiet = titles, num_runs, quiet
         self.rows: list[tuple[str, ...]] = []
+        self.trained = 0
         self.progress = _progress(stderr)
         self.live = Live(console=stderr, refresh_per_second=8)
         self.drawn = stderr.is_terminal and not quiet
@@ -138,6 +145,7 @@ class LiveRuns:
         title = f"{len(self.rows) + 1}/{self.num_runs} {self.titles[method]}, seed {seed}"
         bar = ProgressBar(self.progress, title)
         yield bar
+        self.trained += bar.task is not None
         bar.remove()
 
     def on_result(self, run: "MethodRun") -> None:
@@ -150,3 +158,9 @@ class LiveRuns:
 
     def _draw(self) -> None:
         self.live.update(Group(_table(self.HEADER, self.rows), self.progress))
+
+
+def print_if_done_before(watcher: LiveRuns, output: Path) -> None:
+    """Say so when no run had to be made."""
+    if watcher.trained == 0:
+        stdout.print(f"All runs were done before; to make them anew, delete {output}.", soft_wrap=True)

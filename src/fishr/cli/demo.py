@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_json, print_table, stdout
+from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_table, stdout
 
 
 def demo(
@@ -41,6 +41,5 @@ def demo(
     rows = [(colored.TITLES[method], *map(mean_and_std, spread.mean, spread.std)) for method, spread in spreads.items()]
     print_table(("accuracy in %", "train", "unseen", "gray"), rows)
     stdout.print(workflow.conclusion(spreads["erm"], spreads["fishr"]), soft_wrap=True)
-    stdout.print(
-        f"Mean ± standard deviation over {seeds} seed{'s'[: seeds > 1]}; written to {output / 'results.json'}."
-    )
+    stdout.print(f"Mean ± standard deviation over {seeds} seeds; written to {output / 'results.json'}.", soft_wrap=True)
+    print_if_done_before(watcher, output)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_json, stdout
+from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, stdout
 
 reproduce_app = typer.Typer(no_args_is_help=True, help="Reproduce published experiments.")
 
@@ -61,3 +61,4 @@ def colored_mnist(
         return
     stdout.print(table, markup=False, soft_wrap=True)
     stdout.print(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.", soft_wrap=True)
+    print_if_done_before(watcher, output)
