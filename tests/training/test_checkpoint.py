@@ -168,7 +168,7 @@ def test_only_the_last_two_are_kept(digits: MultiDomainDataset, tmp_path: Path) 
     seen = []
 
     def look() -> None:
-        seen.append(sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()))
+        seen.append(sorted(path.name for path in (tmp_path / "run").glob("checkpoints/*")))
 
     for step in (4, 5, 9, 11):
         observer = AtStep(step, lambda: (look(), signal.raise_signal(signal.SIGTERM)))
@@ -211,28 +211,40 @@ def test_checksums_are_as_sha256sum_writes_them(stopped: Path) -> None:
 # Several optimizers
 
 
-class TwoParts(nn.Module):
-    """Two layers with an optimizer each, and a buffer that is a number of updates."""
+class Fading(SGD):
+    """Gradient descent whose state is a plain number: the factor of the next update."""
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                factor = self.state[parameter].setdefault("factor", 1.0)
+                parameter.data -= group["lr"] * factor * parameter.grad
+                self.state[parameter]["factor"] = factor * 0.7
+
+
+class ThreeParts(nn.Module):
+    """Three layers with an optimizer each, and a buffer that is a number of updates."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.one, self.two, self.three = nn.Linear(3, 3), nn.Linear(3, 1), nn.Linear(1, 1)
         self.register_buffer("updates", torch.tensor(0))
         # The same parameter under two names.
         self.one_again = self.one
         self.optimizers = {
             "main": Adam(self.one.parameters(), lr=0.1, amsgrad=True),
             "inner": SGD(self.two.parameters(), lr=0.1, momentum=0.9),
+            "plain": Fading(self.three.parameters(), lr=0.1),
             "untouched": Adam([nn.Parameter(torch.zeros(2))], lr=0.5),
         }
 
     def update(self) -> None:
-        for name in ("main", "inner"):
+        for name in ("main", "inner", "plain"):
             self.optimizers[name].zero_grad()
         inputs = torch.arange(12.0).reshape(4, 3) / 12 + self.updates
-        self.two(self.one(inputs)).square().mean().backward()
-        for name in ("main", "inner"):
+        self.three(self.two(self.one(inputs))).square().mean().backward()
+        for name in ("main", "inner", "plain"):
             self.optimizers[name].step()
         self.updates += 1
 
@@ -241,7 +253,7 @@ class TwoParts(nn.Module):
 
 
 def test_every_optimizer_continues_with_the_same_bits(tmp_path: Path) -> None:
-    whole = TwoParts()
+    whole = ThreeParts()
     for _ in range(3):
         whole.update()
     whole.optimizers["inner"].param_groups[0]["lr"] = 0.05
@@ -249,7 +261,7 @@ def test_every_optimizer_continues_with_the_same_bits(tmp_path: Path) -> None:
     for _ in range(3):
         whole.update()
 
-    continued = TwoParts()
+    continued = ThreeParts()
     continued.update()
     assert restore_checkpoint(tmp_path, continued, continued.optimizers) == Progress(3, {"loss": 0.1 + 0.2}, 2)
     assert continued.optimizers["inner"].param_groups[0]["lr"] == 0.05
@@ -260,13 +272,13 @@ def test_every_optimizer_continues_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    model = TwoParts()
+    model = ThreeParts()
     assert restore_checkpoint(tmp_path / "checkpoints", model, model.optimizers) is None
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    model = TwoParts()
+    model = ThreeParts()
     for step in (9, 10, 100_000):
         save_checkpoint(tmp_path, model, model.optimizers, Progress(step, {}, 0))
     assert restore_checkpoint(tmp_path, model, model.optimizers).step == 100_000

@@ -136,7 +136,7 @@ def test_damaged_records_are_a_run_error(digits: MultiDomainDataset, tmp_path: P
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hparams": {"ema": 1.5}}, "decay of a moving average"),
+        ({"hparams": {"ema": 1.5}}, r"in \[0, 1\), got 1.5"),
         ({"model": ModelConfig("nope")}, "unknown featurizer 'nope'"),
         ({"test_domains": ("+80%", "+90%")}, "num_domains must be at least 2, got 1"),
         ({"hparams": {"variant": "covariance"}}, "takes no moving average"),
