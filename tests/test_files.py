@@ -118,7 +118,6 @@ def test_a_failure_to_reach_the_disk_leaves_the_old_folder(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.xfail(reason="the old folder is deleted before the new one has its name", strict=True)
 def test_a_failure_to_rename_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "model", content="old")
     monkeypatch.setattr(Path, "rename", fail)

@@ -31,7 +31,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        # Moved away, not deleted: should the second rename fail, the old one takes its place again.
+        old = path.with_name(f".{path.name}.old.{os.getpid()}")
+        if path.exists():
+            path.rename(old)
+        try:
+            aside.rename(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what a killed process left of files and folders with these names (patterns)."""
+    for name in names:
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -55,5 +55,11 @@ def read_records(path: Path) -> list[RunRecord]:
     """All records of a ``metrics.jsonl``; a last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [RunRecord.from_json(line) for line in lines if line.endswith("\n")]
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                records.append(RunRecord.from_json(line.decode()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} cannot be read, line {number} is damaged ({type(error).__name__})") from None
+    return records

@@ -52,9 +52,7 @@ def test_the_out_split_is_a_random_draw() -> None:
 
 @pytest.mark.parametrize("out_fraction", [1.0, 1.5, -0.2])
 def test_a_split_that_is_not_possible_is_refused(out_fraction: float) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"an out-split of {out_fraction} of 10 samples .* share must lie in \[0, 1\)"
-    ):
+    with pytest.raises(ConfigError, match=rf"share of the out-split must lie in \[0, 1\), got {out_fraction}"):
         split_indices(10, out_fraction, trial=0, domain=0)
 
 
@@ -122,10 +120,18 @@ def test_a_batch_moves_with_its_sizes() -> None:
 # Datasets
 
 
-def dataset(domains: dict[str, Samples], *, binary: bool = False, evaluation_only: str = "") -> MultiDomainDataset:
+def dataset(
+    domains: dict[str, Samples], *, binary: bool = False, evaluation_only: str = "", test_domain: str = "x"
+) -> MultiDomainDataset:
     return MultiDomainDataset(
-        "made", "vectors", domains, ("a", "b", "c"), "x", binary, frozenset({evaluation_only} - {""})
+        "made", "vectors", domains, ("a", "b", "c"), test_domain, binary, frozenset({evaluation_only} - {""})
     )
+
+
+def test_the_customary_test_domain_is_one_to_hold_out() -> None:
+    three = {"x": samples(0, 3), "y": samples(3, 2), "z": samples(5, 1)}
+    with pytest.raises(DataError, match="the test domain of 'made' must be one of x, y, got 'z'"):
+        dataset(three, evaluation_only="z", test_domain="z")
 
 
 def test_a_dataset_knows_its_shape_outputs_and_domains() -> None:
@@ -158,7 +164,8 @@ def test_inputs_of_different_shapes_are_refused() -> None:
 
 
 def test_test_domains_are_checked() -> None:
-    made = dataset({"xa": samples(0, 3), "yb": samples(3, 2), "gray": samples(5, 1)}, evaluation_only="gray")
+    domains = {"xa": samples(0, 3), "yb": samples(3, 2), "gray": samples(5, 1)}
+    made = dataset(domains, evaluation_only="gray", test_domain="xa")
     made.check_test_domains(("xa",))
     made.check_test_domains(())
     with pytest.raises(ConfigError, match=r"unknown test domain of 'made' 'gray' \(known: xa, yb\)"):

@@ -70,7 +70,6 @@ def test_the_card_is_for_people_too(saved: Path) -> None:
     }
 
 
-@pytest.mark.xfail(reason="save_model does not clone, and safetensors refuses shared memory", strict=True)
 def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self, input_shape: tuple[int, ...]) -> None:
@@ -108,16 +107,7 @@ def test_probabilities_of_several_logits() -> None:
 # Not a model
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
-        "model.json",
-        pytest.param(
-            "model.safetensors",
-            marks=pytest.mark.xfail(reason="safetensors' FileNotFoundError has no filename", strict=True),
-        ),
-    ],
-)
+@pytest.mark.parametrize("missing", ["model.json", "model.safetensors"])
 def test_a_missing_file(saved: Path, missing: str) -> None:
     (saved / missing).unlink()
     with pytest.raises(DataError, match=rf"^{saved} is not a saved model: {missing} is missing$"):
@@ -129,7 +119,6 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
 
 
-@pytest.mark.xfail(reason="NotADirectoryError is not caught", raises=NotADirectoryError, strict=True)
 def test_a_file_in_place_of_the_folder(saved: Path) -> None:
     with pytest.raises(DataError, match="is not a saved model"):
         load_model(saved / "model.safetensors")

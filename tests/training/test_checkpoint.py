@@ -152,7 +152,6 @@ def test_a_half_written_folder_of_a_killed_process_does_no_harm(
     assert list(stopped.rglob("*999999*")) == []
 
 
-@pytest.mark.xfail(reason="stale asides are removed only when the run is done", strict=True)
 def test_a_half_written_folder_is_gone_before_the_next_checkpoint(stopped: Path, digits: MultiDomainDataset) -> None:
     """A run that is killed often must not fill the disk."""
     shutil.copytree(stopped / "checkpoints" / NEWEST, stopped / "checkpoints/.step-00000012.999999")

@@ -81,7 +81,6 @@ def test_in_eval_mode_and_back(training: bool) -> None:
     assert algorithm.training == algorithm.featurizer.training == algorithm.classifier.training == training
 
 
-@pytest.mark.xfail(reason="train() is called on the whole, and modules kept in eval mode are lost", strict=True)
 def test_a_module_kept_in_eval_mode_stays_there() -> None:
     """Such as frozen batch normalization."""
     algorithm = reading_logits(2)

@@ -291,7 +291,6 @@ def test_hyperparameters_of_another_algorithm_are_refused(digits: MultiDomainDat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(reason="train() does not compare the names", strict=True)
 def test_another_dataset_than_the_configs_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(numbered_config(), data="colored-digits")
     with pytest.raises(ConfigError, match=r"'colored-digits'.*'numbered'"):
@@ -371,7 +370,6 @@ def test_every_step_has_random_numbers_of_its_own(digits: MultiDomainDataset, tm
     assert differ(first[1:] + other_seed[1:])
 
 
-@pytest.mark.xfail(reason="SeedSequence((seed,)) and SeedSequence((seed, 0)) are the same", strict=True)
 def test_initial_weights_and_the_first_step_do_not_share_random_numbers(
     digits: MultiDomainDataset, tmp_path: Path
 ) -> None:

@@ -76,12 +76,10 @@ def test_killed_before_any_change_of_its_folder(killed: tuple[Path, dict[str, An
             assert outcome(folder / "every-write" / f"killed-{write}") == expected, f"killed at write {write}"
 
 
-@pytest.mark.xfail(reason="killed before config.json is there, the folder counts as no run", strict=True)
 def test_no_kill_makes_a_folder_useless(killed: tuple[Path, dict[str, Any]]) -> None:
     assert killed[1]["every-write"]["refused"] == {}
 
 
-@pytest.mark.xfail(reason="files written aside by a killed process are never removed", strict=True)
 def test_nothing_half_written_stays(killed: tuple[Path, dict[str, Any]]) -> None:
     done = [file.parent for file in killed[0].rglob("DONE")]
     assert len(done) > 30
@@ -134,7 +132,6 @@ def test_a_signal_during_the_last_step_lets_the_run_end(
     assert outcome(tmp_path / "run") == undisturbed("erm")
 
 
-@pytest.mark.xfail(reason="the loop looks at the signal twice in a step", strict=True)
 def test_it_never_stops_without_having_saved(
     digits: MultiDomainDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,6 @@ def test_a_config_that_cannot_be_read(content: str, reason: str, digits: MultiDo
     assert (tmp_path / "config.json").read_text() == content
 
 
-@pytest.mark.xfail(reason="UnicodeDecodeError is not caught", raises=UnicodeDecodeError, strict=True)
 def test_a_config_that_is_not_text(digits: MultiDomainDataset, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(RunError, match=rf"^{tmp_path}/config.json cannot be read \(UnicodeDecodeError"):
@@ -124,7 +123,6 @@ def test_a_config_that_means_nothing_here(
         train(run_config(), digits, tmp_path / "run", device="cpu")
 
 
-@pytest.mark.xfail(reason="read_records raises JSONDecodeError", raises=json.JSONDecodeError, strict=True)
 def test_damaged_records_are_a_run_error(digits: MultiDomainDataset, tmp_path: Path) -> None:
     train(run_config(), digits, tmp_path / "run", device="cpu")
     file = tmp_path / "run/metrics.jsonl"
@@ -220,7 +218,6 @@ def test_no_space_at_any_write(
     assert warnings_logged() == []
 
 
-@pytest.mark.xfail(reason="without config.json the folder counts as no run", strict=True)
 @pytest.mark.parametrize("write", [1, 2])
 def test_no_space_for_the_config(
     write: int,
@@ -248,7 +245,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.xfail(reason="safetensors raises SafetensorError, which is no OSError", strict=True)
 def test_no_space_for_the_tensors(
     digits: MultiDomainDataset, undisturbed: Callable[[str], Outcome], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What every algorithm is: a featurizer, a linear head, a frozen config, and the losses of a step."""
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,9 +38,19 @@ class AlgorithmConfig:
     l2: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = self.problems()
-        if problems:
+        hints = get_type_hints(type(self))
+        problems = [
+            f"{name} must be {_describe(hint)}, got {getattr(self, name)!r}"
+            for name, hint in hints.items()
+            if not _fits(getattr(self, name), hint)
+        ]
+        if problems := problems or self.problems():
             raise ConfigError("; ".join(problems))
+        for name, hint in hints.items():
+            # 1 and 1.0 are one setting, unless the type tells them apart (a step or a share).
+            value = getattr(self, name)
+            if type(value) is int and not _fits_whole(hint):
+                object.__setattr__(self, name, float(value))
 
     @classmethod
     def default(cls, kind: Kind) -> Self:
@@ -77,14 +88,8 @@ class AlgorithmConfig:
         return asdict(self)
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, one phrase each; subclasses add to it."""
+        """What is wrong with values of the right types, one phrase each; subclasses add to it."""
         problems = []
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _fits(value, hint):
-                problems.append(f"{name} must be {_describe(hint)}, got {value!r}")
-        if problems:
-            return problems
         if self.lr <= 0:
             problems.append(f"lr must be above 0, got {self.lr}")
         if self.batch_size is not None and self.batch_size < 1:
@@ -103,10 +108,14 @@ def _fits(value: object, hint: object) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)  # type: ignore[arg-type]
+
+
+def _fits_whole(hint: object) -> bool:
+    return hint is int or int in get_args(hint)
 
 
 def _describe(hint: object) -> str:

@@ -28,6 +28,14 @@ class FishrConfig(PenalizedConfig):
     reduction: Reduction | None = None
     variant: Variant = "variance"
 
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.ema is not None and not 0 <= self.ema < 1:
+            problems.append(f"ema must lie in [0, 1), got {self.ema}")
+        if self.variant == "covariance" and (self.ema or self.reduction == "mean"):
+            problems.append("variant 'covariance' takes no moving average (ema) and only the reduction 'sum'")
+        return problems
+
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {

@@ -28,6 +28,12 @@ class IRMConfig(PenalizedConfig):
     weight_before: float = 1.0
     estimator: Literal["split", "full"] = "split"
 
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.estimator == "split" and self.batch_size == 1:
+            problems.append("estimator 'split' needs a batch_size of at least 2: it halves each domain's batch")
+        return problems
+
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {

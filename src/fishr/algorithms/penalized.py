@@ -40,14 +40,8 @@ class PenalizedConfig(AlgorithmConfig):
     reset_optimizer: bool = True
 
     def problems(self) -> list[str]:
-        problems = super().problems()
-        if not problems:
-            problems += [
-                f"{name} must be at least 0, got {getattr(self, name)}"
-                for name in ("penalty_weight", "weight_before", "switch_on")
-                if getattr(self, name) < 0
-            ]
-        return problems
+        negative = [name for name in ("penalty_weight", "weight_before", "switch_on") if getattr(self, name) < 0]
+        return super().problems() + [f"{name} must be at least 0, got {getattr(self, name)}" for name in negative]
 
     def switch_on_step(self, steps: int | None) -> int:
         """The switch-on step of a run of ``steps`` steps.

@@ -65,7 +65,7 @@ class SavedModel(nn.Module):
 
 def save_model(folder: Path, model: SavedModel) -> None:
     """Write weights and card into an existing folder."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     card = {"format": FORMAT, **asdict(model.card)}
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -90,8 +90,12 @@ def load_model(folder: Path | str) -> SavedModel:
             provenance=content["provenance"],
         )
         weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a saved model: {Path(error.filename).name} is missing") from None
+    except FileNotFoundError:
+        # The error of safetensors does not say which file.
+        missing = next((name for name in (CARD, WEIGHTS) if not (folder / name).exists()), CARD)
+        raise DataError(f"{folder} is not a saved model: {missing} is missing") from None
+    except OSError as error:
+        raise DataError(f"{folder} is not a saved model: {error.strerror or error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder} is not a usable saved model: {type(error).__name__}: {error}") from None
     model = SavedModel(*build_model(card.model, card.input_shape, card.num_outputs), card)

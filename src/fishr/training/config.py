@@ -52,6 +52,15 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = [
+            f"{name} must be a whole number, got {getattr(self, name)!r}"
+            for name in ("steps", "checkpoint_every", "seed", "trial")
+            if type(getattr(self, name)) is not int
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+        # Their order changes no result, so neither does it the hash.
+        object.__setattr__(self, "test_domains", tuple(sorted(set(self.test_domains))))
+        problems = [
             f"{name} must be at least {least}, got {getattr(self, name)}"
             for name, least in (("steps", 1), ("checkpoint_every", 1), ("seed", 0), ("trial", 0))
             if getattr(self, name) < least
@@ -128,7 +137,7 @@ class RunConfig:
         return [
             f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
             for name in dict.fromkeys([*ours, *theirs])
-            if name not in ours or name not in theirs or ours[name] != theirs[name]
+            if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
         ]
 
 

@@ -12,7 +12,7 @@ BATCH_SIZE = 4096
 @torch.no_grad()
 def evaluate(algorithm: Algorithm, samples: Samples, device: torch.device) -> Metrics:
     """Accuracy and mean loss, in ``eval()`` mode, in large batches."""
-    was_training = algorithm.training
+    modes = {module: module.training for module in algorithm.modules()}
     algorithm.eval()
     correct, loss_sum = 0.0, 0.0
     for inputs, targets in zip(
@@ -23,5 +23,6 @@ def evaluate(algorithm: Algorithm, samples: Samples, device: torch.device) -> Me
         predictions = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
         correct += (predictions == on_device).sum().item()
         loss_sum += algorithm.sample_losses(logits, on_device).sum().item()
-    algorithm.train(was_training)
+    for module, was_training in modes.items():
+        module.training = was_training
     return Metrics(accuracy=correct / len(samples.targets), loss=loss_sum / len(samples.targets))

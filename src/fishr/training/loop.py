@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 
 from fishr.algorithms import ALGORITHMS
@@ -30,6 +31,9 @@ from fishr.training.signals import stop_on_signal
 
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
+
+_INIT, _STEP = 0x1217, 0x57E9
+"""Second word of torch's seeds: numpy pads them with zeros, so (seed,) and (seed, 0) would be the same."""
 
 # Fabric writes what precision it uses to stderr; a library does not.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -94,18 +98,19 @@ def train(
         NonFiniteLossError: a loss term became NaN or infinite.
         ConfigError: the config does not fit the dataset, or there is no such device.
     """
+    if config.data != dataset.name:
+        raise ConfigError(f"the config is for the dataset {config.data!r}, got {dataset.name!r}")
     dataset.check_test_domains(config.test_domains)
     try:
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
             return RunResult(output, folder.records(), trained=False)
-        forked = [fabric.device] if fabric.device.type == "cuda" else []
-        with torch.random.fork_rng(forked):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             _Run(config, dataset, folder, fabric, observer or Silent()).finish()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"cannot write the run in {output}: {error.strerror or error}; "
+            f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
         ) from error
     return RunResult(output, folder.records(), trained=True)
@@ -128,7 +133,7 @@ class _Run:
         in_splits = [self.splits[name]["in"] for name in train_domains]
         self.sampler = BatchSampler(in_splits, config.hparams.batch_size, config.seed)
 
-        _seed_torch(config.seed)
+        _seed_torch(config.seed, _INIT)
         featurizer, classifier = build_model(config.model, dataset.input_shape, dataset.num_outputs)
         self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
             featurizer, classifier, len(train_domains), config.hparams, steps=config.steps
@@ -151,24 +156,26 @@ class _Run:
         timed_from, timed_steps = time.perf_counter(), 0
         with stop_on_signal() as stop:
             while self.step < config.steps:
-                _seed_torch(config.seed, self.step)
+                _seed_torch(config.seed, _STEP, self.step)
                 batch = self.sampler.batch(self.step).to(self.fabric.device)
                 losses = self.algorithm.training_step(batch, self.step, self.optimizers)
                 self.step += 1
                 timed_steps += 1
                 self.monitor.add(self.step, losses)
                 self.observer.on_step(self.step, self.monitor.last)
+                # Looked at once: a signal that comes later in this step counts for the next.
+                signal_number = stop.signal_number
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     self._record((time.perf_counter() - timed_from) / timed_steps)
                     self._save()
                     timed_from, timed_steps = time.perf_counter(), 0
-                elif stop.signal_number is not None:
+                elif signal_number is not None:
                     self._save()
-                if stop.signal_number is not None and self.step < config.steps:
+                if signal_number is not None and self.step < config.steps:
                     raise RunInterruptedError(
                         f"stopped after step {self.step} of {config.steps}, saved in {self.folder.path}: "
                         "run the same command again to continue",
-                        stop.signal_number,
+                        signal_number,
                     )
         self.folder.finish(self._saved_model())
 

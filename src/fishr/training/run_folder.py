@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from fishr.errors import FishrError, RunError
-from fishr.files import new_folder, write_text
+from fishr.files import new_folder, remove_leftovers, write_text
 from fishr.models.saved import SavedModel, save_model
 from fishr.records import RunRecord, read_records
 from fishr.training.config import RunConfig
@@ -37,13 +37,15 @@ class RunFolder:
                     f"{path} holds a run with another config ({'; '.join(differences)}): "
                     "choose another --output, or delete the folder"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not _is_leftover(item) for item in path.iterdir())):
             raise RunError(f"{path} exists and is not a run (it has no config.json): choose another --output")
 
     def create(self) -> None:
-        """Make the folder and write the config, where that has not been done."""
+        """Make the folder and write the config, where that has not been done; remove what a killed process left."""
+        remove_leftovers(self.path, "config.json", "metrics.jsonl", "model", "DONE")
+        remove_leftovers(self.checkpoints, "step-*")
         if not self.config_file.exists():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             content = {"format": FORMAT, **self.config.as_dict()}
             write_text(self.config_file, json.dumps(content, indent=2) + "\n")
 
@@ -52,7 +54,10 @@ class RunFolder:
         return (self.path / "DONE").exists()
 
     def records(self) -> list[RunRecord]:
-        return read_records(self.metrics)
+        try:
+            return read_records(self.metrics)
+        except ValueError as error:
+            raise RunError(f"{error}: delete the run's folder to start anew") from None
 
     def forget_records_after(self, step: int) -> None:
         """Drop records that a continued run will write again."""
@@ -73,13 +78,18 @@ class RunFolder:
         shutil.rmtree(self.checkpoints)
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether a process was killed while it wrote the config: nothing else is in the folder then."""
+    return path.name.startswith(".config.json.")
+
+
 def _read_config(path: Path) -> RunConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise RunError(f"{path} was written by another version of fishr: choose another --output")
         return RunConfig.from_dict(content)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}): choose another --output") from None
     except RunError:
         raise
