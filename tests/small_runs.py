@@ -66,13 +66,13 @@ def run_config(name: str = "erm", **changes: Any) -> RunConfig:
         "steps": STEPS,
         "checkpoint_every": CHECKPOINT_EVERY,
         "model": ModelConfig("noisy"),
-        "data_options": {"subset": 60},
         "precision": precision,
         "seed": 3,
         **changes,
         "hparams": {"batch_size": 8, "lr": 1e-2, **hparams, **changes.get("hparams", {})},
     }
-    return RunConfig.for_dataset(small_digits(), **settings)
+    data_options = settings.pop("data_options", small_digits().options)
+    return replace(RunConfig.for_dataset(small_digits(), **settings), data_options=data_options)
 
 
 Outcome = tuple[bytes, bytes, list[RunRecord]]

@@ -37,6 +37,8 @@ HOUSE = (
 
 def room_of(module: str) -> str | None:
     parts = module.split(".")
+    if parts[0] == "fishr" and len(parts) == 2:  # a public name, such as fishr.train, stands where it is defined
+        parts = fishr._HOMES.get(parts[1], module).split(".")
     return parts[1] if parts[0] == "fishr" and len(parts) > 1 else None
 
 
@@ -73,6 +75,8 @@ def test_an_upward_import_is_found(tmp_path):
     module = tmp_path / "module.py"
     module.write_text("def late():\n    from fishr.training import train\n")
     assert upward_imports(module, "algorithms") == ["fishr.training", "fishr.training.train"]
+    module.write_text("from fishr import FishrPenalty, train\n")
+    assert upward_imports(module, "algorithms") == ["fishr.train"]
 
 
 def test_light_rooms_start_without_torch():
@@ -80,6 +84,11 @@ def test_light_rooms_start_without_torch():
         "import sys, fishr, fishr.cli, fishr.records, fishr.reports.tables, fishr.space, fishr.registry, fishr.errors;"
         "assert 'torch' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_rooms_are_reached_from_the_package():
+    script = "import fishr; assert fishr.training.train is fishr.train"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -28,6 +28,8 @@ _HOMES = {
     "train": "fishr.training",
 }
 
+_ROOMS = ("algorithms", "data", "functional", "models", "nn", "training")
+
 __all__ = [
     "DomainBatch",
     "FishrError",
@@ -42,8 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return import_module("fishr.functional")
+    if name in _ROOMS:
+        return import_module(f"fishr.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'fishr' has no attribute {name!r}")

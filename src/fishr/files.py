@@ -16,6 +16,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -29,8 +30,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            _sync(file)
         # Moved away, not deleted: should the second rename fail, the old one takes its place again.
         old = path.with_name(f".{path.name}.old.{os.getpid()}")
         if path.exists():
@@ -41,6 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             if old.exists():
                 old.replace(path)
             raise
+        _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,3 +55,12 @@ def remove_leftovers(folder: Path, *names: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

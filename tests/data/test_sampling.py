@@ -172,3 +172,9 @@ def test_test_domains_are_checked() -> None:
         made.check_test_domains(("gray",))
     with pytest.raises(DataError, match="holding out xa, yb leaves no domain of 'made' to train on"):
         made.check_test_domains(("xa", "yb"))
+
+
+def test_targets_must_be_classes() -> None:
+    domains = {"x": samples(0, 3), "y": Samples(torch.zeros(2, 1), torch.tensor([0, -100]))}
+    with pytest.raises(DataError, match="targets of domain 'y' of 'made' run from -100 to 0; its 3 classes are 0 to 2"):
+        dataset(domains)

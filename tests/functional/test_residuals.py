@@ -190,3 +190,20 @@ def test_a_binary_weight_that_would_widen_the_logits(function):
 def test_binary_targets_of_another_length(function, loss):
     with pytest.raises(InputError, match=r"shape of the logits, \[5, 1\], got \[4\]"):
         function(loss, torch.zeros(5, 1), torch.zeros(4))
+
+
+def test_a_positive_weight_that_would_widen_the_logits():
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(4))
+    with pytest.raises(InputError, match=r"pos_weight of the binary loss must broadcast to the logits, \[4, 1\]"):
+        loss_residuals(loss, torch.zeros(4, 1), torch.zeros(4))
+
+
+def test_a_weight_that_does_not_broadcast_at_all():
+    loss = nn.BCEWithLogitsLoss(weight=torch.ones(5))
+    with pytest.raises(InputError, match=r"^weight of the binary loss must .* logits, \[4, 3\], got \[5\]"):
+        loss_residuals(loss, torch.zeros(4, 3), torch.zeros(4, 3))
+
+
+def test_a_callable_that_returns_a_number():
+    with pytest.raises(InputError, match=r"one value for each sample.* returned a scalar"):
+        per_sample_losses(lambda logits, targets: 0.5, torch.zeros(4, 3), torch.zeros(4))

@@ -17,6 +17,7 @@ from fishr.functional import (
     loss_residuals,
     variance_penalty,
 )
+from fishr.functional.variance import _chunks
 
 SIZES = (4, 7, 3)
 
@@ -398,3 +399,9 @@ def test_an_index_out_of_range_is_found_where_values_are_not_looked_at(monkeypat
     domains = torch.tensor([0, 1, 2, 0, 1, 0, 1, 0, 1, 0])
     with pytest.raises(InputError, match="domain index 2 is out of range for num_domains=2"):
         domain_gradient_variances(FEATURES, RESIDUALS, domains, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_chunks_of_a_rank_that_lacks_a_domain(device):
+    chunks = list(_chunks([2, 0, 1], torch.zeros(3, 4, device=device)))
+    assert chunks == [(0, slice(0, 2)), (2, slice(2, 3))]

@@ -127,3 +127,10 @@ def test_compiled_gradients_are_those_of_eager_steps():
         eager(values[0]).square().sum().backward()
         function(values[1]).backward()
         torch.testing.assert_close(values[1].grad, values[0].grad)
+
+
+def test_casting_to_half_precision_keeps_the_history_as_it_was():
+    average = MovingAverage((2,), 0.9)
+    average.history.copy_(torch.tensor([100000.123, 1 / 3]))
+    kept = average.history.clone()
+    torch.testing.assert_close(average.half().history, kept, rtol=0, atol=0)

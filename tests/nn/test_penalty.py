@@ -562,3 +562,10 @@ def test_a_loss_that_returns_a_scalar():
     message = r"one value for each sample, \[sample\] = \[14\], but returned a scalar; pass reduction='none'"
     with pytest.raises(InputError, match=message):
         penalty(features, logits, torch.ones(14, 4), SIZES)
+
+
+def test_an_empty_domain_is_named_in_a_compiled_step_too():
+    penalty = FishrPenalty(nn.Linear(3, 2), 2)
+    step = torch.compile(penalty, backend="eager")
+    with pytest.raises(InputError, match="domain 1 has no sample"):
+        step(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(4).long(), (4, 0))

@@ -78,6 +78,10 @@ def test_reads_back_from_json() -> None:
     assert type(RunConfig.from_dict(content).hparams) is type(original.hparams)
 
 
+def test_the_config_names_what_the_dataset_was_loaded_with() -> None:
+    assert run_config().data_options == {"seed": 0, "subset": 60}
+
+
 def test_differences_are_listed_one_by_one() -> None:
     other = config(
         steps=20,
@@ -90,6 +94,7 @@ def test_differences_are_listed_one_by_one() -> None:
         "hparams.ema: 0.9 → 0.5",
         "model.featurizer: noisy → mlp",
         "steps: 12 → 20",
+        "data_options.seed: 0 → not set",
         "data_options.subset: 60 → not set",
         "model.options.width: not set → 3",
         "data_options.label_flip: not set → 0.0",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fishr.algorithms import ALGORITHMS, ERM, Losses
-from fishr.data import DomainBatch, MultiDomainDataset, Samples, split_indices
-from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunInterruptedError
+from fishr.data import DomainBatch, MultiDomainDataset, Samples, load_dataset, split_indices
+from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models import FEATURIZERS, ModelConfig, load_model
 from fishr.records import RunRecord
 from fishr.training import RunConfig, evaluate, loop, train
@@ -431,3 +431,17 @@ def test_the_data_are_not_changed(digits: MultiDomainDataset, tmp_path: Path) ->
     for name, samples in before.items():
         assert torch.equal(samples.inputs, digits.domains[name].inputs)
         assert torch.equal(samples.targets, digits.domains[name].targets)
+
+
+def test_a_dataset_other_than_the_config_names_is_refused(digits: MultiDomainDataset, tmp_path: Path) -> None:
+    other = load_dataset("colored-digits", subset=60, seed=9)
+    with pytest.raises(ConfigError, match=r"names the dataset 'colored-digits' with .*'seed': 0.* with .*'seed': 9"):
+        train(run_config(), other, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_done_run_without_records_is_refused(digits: MultiDomainDataset, tmp_path: Path) -> None:
+    train(run_config(), digits, str(tmp_path / "run"), device="cpu")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(RunError, match=r"metrics.jsonl is missing or empty: delete the run's folder"):
+        train(run_config(), digits, tmp_path / "run", device="cpu")

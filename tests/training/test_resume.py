@@ -128,7 +128,9 @@ def test_the_message_says_where_and_how_to_continue(digits: MultiDomainDataset, 
 def test_a_signal_during_the_last_step_lets_the_run_end(
     digits: MultiDomainDataset, undisturbed: Callable[[str], Outcome], tmp_path: Path
 ) -> None:
-    assert train(run_config(), digits, tmp_path / "run", device="cpu", observer=signal_at(STEPS)).trained
+    with pytest.raises(RunInterruptedError, match=rf"^stopped; the run in {tmp_path}/run is done$"):
+        train(run_config(), digits, tmp_path / "run", device="cpu", observer=signal_at(STEPS))
+    assert not train(run_config(), digits, tmp_path / "run", device="cpu").trained
     assert outcome(tmp_path / "run") == undisturbed("erm")
 
 

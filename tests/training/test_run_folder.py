@@ -31,12 +31,12 @@ def test_another_config_is_refused_with_each_difference(done: bool, digits: Mult
     else:
         RunFolder(tmp_path / "run", run_config("fishr")).create()
     before = snapshot(tmp_path / "run")
-    other = run_config("fishr", steps=20, hparams={"ema": 0.5}, data_options={})
+    other = run_config("fishr", steps=20, hparams={"ema": 0.5})
     with pytest.raises(RunError) as caught:
         train(other, digits, tmp_path / "run", device="cpu")
     assert str(caught.value) == (
         f"{tmp_path}/run holds a run with another config "
-        "(hparams.ema: 0.9 → 0.5; steps: 12 → 20; data_options.subset: 60 → not set): "
+        "(hparams.ema: 0.9 → 0.5; steps: 12 → 20): "
         "choose another --output, or delete the folder"
     )
     assert snapshot(tmp_path / "run") == before

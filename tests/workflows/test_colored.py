@@ -1,6 +1,7 @@
 """The Colored MNIST protocol: what its runs are, and how their outcomes become tables."""
 
 import json
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -54,8 +55,9 @@ def test_every_method_is_the_published_protocol(tmp_path):
 
 
 def test_the_published_switch_on_is_step_190_of_500():
-    assert round(0.38 * reproduce.setting(0.25, "32").steps) == 190
-    assert round(0.38 * demo.setting(500).steps) == 190
+    assert reproduce.setting(0.25, "32").switch_on == 190
+    assert demo.setting(500).switch_on == 190
+    assert demo.setting(250).switch_on == 95
 
 
 def test_accuracies_are_those_of_the_last_record(tmp_path):
@@ -135,3 +137,19 @@ def test_the_conclusion_follows_the_numbers():
     assert demo.conclusion(erm, fishr).startswith("Fishr holds up where ERM does not")
     assert "88 % to 17 %" in demo.conclusion(erm, fishr)
     assert demo.conclusion(fishr, erm).startswith("Fishr does not hold up better")
+
+
+def test_a_method_named_twice_is_one_method(tmp_path):
+    assert len(colored.run_methods(TINY, ["erm", "erm"], [0], tmp_path, Watching())) == 1
+
+
+def test_a_signal_in_the_last_step_of_a_run_stops_the_job(tmp_path):
+    class LastMoment(Silent):
+        def on_step(self, step, losses):
+            if step == TINY.steps:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(RunInterruptedError, match="is done"):
+        colored.run_methods(TINY, ["erm", "fishr"], [0], tmp_path, Watching(LastMoment()))
+    assert (tmp_path / "erm-0" / "DONE").exists()
+    assert not (tmp_path / "fishr-0").exists()

@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FishrError as error:
         print_error(str(error))
         return 2
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
     except BrokenPipeError:
         # The reader of our output left: so do we, without Python's complaint at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
-from fishr.cli.console import print_error
+from fishr.cli.console import print_error, print_notice
 from fishr.cli.demo import demo
 from fishr.cli.reproduce import reproduce_app
 from fishr.cli.train import train
@@ -41,6 +41,7 @@ def call(arguments: Sequence[str]) -> int:
     try:
         code = get_command(app).main(args=list(arguments), prog_name="fishr", standalone_mode=False)
     except typer.Abort:
+        print_notice("interrupted")
         return 130
     except Exception as error:
         # Typer's usage errors: their classes are not public in all versions, these two attributes are.

@@ -48,7 +48,7 @@ def colored_mnist(
     from fishr.workflows import colored
     from fishr.workflows import reproduce as workflow
 
-    colored.check_methods(methods)
+    methods = colored.distinct_methods(methods)
     setting = workflow.setting(label_flip, cast(Precision, precision))
     with LiveRuns(colored.TITLES, num_runs=restarts * len(methods), quiet=quiet) as watcher:
         runs = colored.run_methods(

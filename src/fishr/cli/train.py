@@ -50,8 +50,7 @@ def train(
     from fishr.training import RunConfig
     from fishr.training import train as train_run
 
-    options = {} if subset is None else {"subset": subset}
-    dataset = load_dataset(data, root=data_root, **options)
+    dataset = load_dataset(data, root=data_root, subset=subset)
     config = RunConfig.for_dataset(
         dataset,
         algorithm,
@@ -59,7 +58,6 @@ def train(
         test_domains=tuple(test_domain) if test_domain else None,
         hparams=parse_settings(settings),
         checkpoint_every=checkpoint_every,
-        data_options=options,
         seed=seed,
         trial=trial,
         precision=precision,

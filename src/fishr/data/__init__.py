@@ -7,6 +7,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def load_dataset(
             f"dataset {name!r} has no option {', '.join(map(repr, unknown))}; "
             f"options it takes: {', '.join(known) or 'none'}"
         )
-    return factory(root=root, seed=seed, subset=subset, **options)
+    dataset = factory(root=root, seed=seed, subset=subset, **options)
+    return replace(dataset, options={"seed": seed, "subset": subset, **options})
 
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +65,13 @@ class MultiDomainDataset:
         classes: Name of each class.
         test_domain: The domain customarily held out.
         binary: Whether two classes are told apart by a single logit.
-        evaluation_only: Domains that are never trained on, such as the test images under another colouring.
+        evaluation_only: Domains that are never trained on, such as the test images under another coloring.
+        options: What it was loaded with; a run's config names the data by name and options.
 
     Raises:
         DataError: fewer than two domains to train on and hold out, a test domain that is not one of them,
-            an empty domain, inputs and targets of different lengths, or inputs of different shapes.
+            an empty domain, inputs and targets of different lengths, targets that are no class, or inputs of
+            different shapes.
     """
 
     name: str
@@ -79,6 +81,7 @@ class MultiDomainDataset:
     test_domain: str
     binary: bool = False
     evaluation_only: frozenset[str] = field(default_factory=frozenset)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.trainable_domains) < 2:
@@ -95,6 +98,11 @@ class MultiDomainDataset:
             if len(inputs) != len(targets) or len(targets) == 0:
                 raise DataError(
                     f"domain {domain!r} of {self.name!r} has {len(inputs)} inputs and {len(targets)} targets"
+                )
+            if targets.min() < 0 or targets.max() >= len(self.classes):
+                raise DataError(
+                    f"targets of domain {domain!r} of {self.name!r} run from {targets.min()} to {targets.max()}; "
+                    f"its {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
                 )
             if tuple(inputs.shape[1:]) != self.input_shape:
                 raise DataError(

@@ -78,15 +78,16 @@ def group_by_domain(
 
     if residuals.dtype not in (torch.float32, torch.float64):
         residuals = residuals.float()
-    if mask is None and not is_distributed():
+    if not is_distributed():
         _check_no_domain_is_empty(sizes)
     if mask is None:
-        counts = torch.tensor(sizes, dtype=residuals.dtype, device=features.device)
+        # Filled on the device: copying a host tensor there would make the host wait.
+        counts = torch.stack([residuals.new_full((), size) for size in sizes])
     else:
         residuals = residuals * mask.unsqueeze(1)
         counts = torch.stack([part.sum(dtype=residuals.dtype) for part in torch.split(mask, list(sizes))])
     counts = sum_over_ranks(counts)
-    if values_may_be_checked(counts):
+    if (mask is not None or is_distributed()) and values_may_be_checked(counts):
         _check_no_domain_is_empty(counts.tolist())
     return GroupedSamples(features, residuals, mask, sizes, counts)
 

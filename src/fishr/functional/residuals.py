@@ -75,7 +75,7 @@ def per_sample_losses(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
             reduction="none",
         )
     if type(loss) is nn.BCEWithLogitsLoss:
-        _check_broadcasts(loss.weight, logits)
+        _check_broadcasts(loss, logits)
         return F.binary_cross_entropy_with_logits(
             logits,
             _like_logits(targets, logits),
@@ -86,8 +86,8 @@ def per_sample_losses(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     if type(loss) is nn.MSELoss:
         return F.mse_loss(logits, _like_logits(targets, logits), reduction="none").mean(1)
     losses = loss(logits, targets)
-    if losses.shape != logits.shape[:1]:
-        came = "a scalar" if losses.ndim == 0 else f"a tensor {list(losses.shape)}"
+    if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+        came = f"a tensor {list(losses.shape)}" if isinstance(losses, Tensor) and losses.ndim else "a scalar"
         raise InputError(
             f"the loss must return one value for each sample, [sample] = [{logits.shape[0]}], but returned {came}; "
             "pass reduction='none' to it, or give nn.CrossEntropyLoss, nn.BCEWithLogitsLoss or nn.MSELoss"
@@ -119,7 +119,7 @@ def _cross_entropy_target_weights(loss: nn.CrossEntropyLoss, logits: Tensor, tar
 
 
 def _binary_cross_entropy_residuals(loss: nn.BCEWithLogitsLoss, logits: Tensor, targets: Tensor) -> Tensor:
-    _check_broadcasts(loss.weight, logits)
+    _check_broadcasts(loss, logits)
     probability = torch.sigmoid(logits)
     if loss.pos_weight is None:
         residuals = probability - targets
@@ -157,12 +157,17 @@ def _check_class_targets(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Ten
             )
 
 
-def _check_broadcasts(weight: Tensor | None, logits: Tensor) -> None:
-    if weight is not None and torch.broadcast_tensors(weight, logits)[0].shape != logits.shape:  # type: ignore[no-untyped-call]
-        raise InputError(
-            f"the weight of the binary loss must broadcast to the logits, {list(logits.shape)}, "
-            f"got {list(weight.shape)}; for a weight of each sample give it the shape [{logits.shape[0]}, 1]"
-        )
+def _check_broadcasts(loss: nn.BCEWithLogitsLoss, logits: Tensor) -> None:
+    for name, weight in (("weight", loss.weight), ("pos_weight", loss.pos_weight)):
+        if weight is None:
+            continue
+        missing = logits.ndim - weight.ndim
+        padded = (1,) * missing + tuple(weight.shape)
+        if missing < 0 or any(size not in (1, full) for size, full in zip(padded, logits.shape, strict=True)):
+            raise InputError(
+                f"{name} of the binary loss must broadcast to the logits, {list(logits.shape)}, "
+                f"got {list(weight.shape)}; for a weight of each sample give it the shape [{logits.shape[0]}, 1]"
+            )
 
 
 def _like_logits(targets: Tensor, logits: Tensor) -> Tensor:

@@ -124,28 +124,58 @@ def _head_variances_backward(
     num_features = features.shape[1]
     grad = sum_over_ranks(grad)
     grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
-    through_mean, of_domain = None, None
+    of_chunk = _single_class_gradients if residuals.shape[1] == 1 else _chunk_gradients
+    chunks = list(_chunks(sizes, features))
+    # Allocated once: temporaries of each chunk would come and go at the end of the heap, a page fault for each page.
+    most_rows = max(chunk.stop - chunk.start for _, chunk in chunks)
+    scratch, widened = grad.new_empty(2, most_rows, num_features)
+    of_domain = None
     with torch.autocast(features.device.type, enabled=False):
-        for domain, chunk in _chunks(sizes, features):
+        for domain, chunk in chunks:
             if domain != of_domain:
                 of_domain, factor, weight = domain, 2 / counts[domain].to(grad.dtype), grad[domain]
-                through_mean = means[domain] * weight if means.numel() else None
+                through_mean = means[domain] * weight if means.numel() else torch.zeros_like(weight)
             r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
-            r_scaled = r * factor
-            grad_h = _product(r * r_scaled, weight[:, :num_features], out=grad_features[chunk]).mul_(h)
-            grad_r = h.square() @ weight[:, :num_features].T
-            if bias:
-                grad_r += weight[:, num_features]
-            grad_r *= r
-            if through_mean is not None:
-                grad_h.addmm_(r_scaled, through_mean[:, :num_features], alpha=-1)
-                grad_r.addmm_(h, through_mean[:, :num_features].T, alpha=-1)
-                if bias:
-                    grad_r -= through_mean[:, num_features]
-            if grad_h.dtype != features.dtype:
+            grad_h = grad_features[chunk] if grad_features.dtype == grad.dtype else widened[: len(r)]
+            grad_residuals[chunk] = of_chunk(h, r, r * factor, weight, through_mean, grad_h, scratch[: len(r)]).mul_(
+                factor
+            )
+            if grad_h.dtype != grad_features.dtype:
                 grad_features[chunk] = grad_h
-            grad_residuals[chunk] = grad_r.mul_(factor)
     return grad_features, grad_residuals
+
+
+def _chunk_gradients(
+    h: Tensor, r: Tensor, r_scaled: Tensor, weight: Tensor, through_mean: Tensor, grad_h: Tensor, scratch: Tensor
+) -> Tensor:
+    """Gradients for some rows, from G and P with the bias's column, if any, behind the features'.
+
+    Writes ∂L/∂H, with the factor 2/n_e that is in ``r_scaled``, to ``grad_h``; returns ∂L/∂R without that factor.
+    """
+    num_features = h.shape[1]
+    torch.mm(r * r_scaled, weight[:, :num_features], out=grad_h).mul_(h)
+    grad_h.addmm_(r_scaled, through_mean[:, :num_features], alpha=-1)
+    grad_r = torch.mm(torch.mul(h, h, out=scratch), weight[:, :num_features].T)
+    grad_r += weight[:, num_features:].sum(1)
+    grad_r *= r
+    grad_r.addmm_(h, through_mean[:, :num_features].T, alpha=-1)
+    grad_r -= through_mean[:, num_features:].sum(1)
+    return grad_r
+
+
+def _single_class_gradients(
+    h: Tensor, r: Tensor, r_scaled: Tensor, weight: Tensor, through_mean: Tensor, grad_h: Tensor, scratch: Tensor
+) -> Tensor:
+    """The same for one class, where both gradients share U = R∘H∘G − P: R∘U and the sum of H∘U over features.
+
+    Matrix products with a single row or column would be slower than these elementwise passes.
+    """
+    num_features = h.shape[1]
+    torch.mul(h, weight[:, :num_features], out=grad_h).mul_(r).sub_(through_mean[:, :num_features])
+    grad_r = torch.mul(grad_h, h, out=scratch).sum(1, keepdim=True)
+    grad_h *= r_scaled
+    grad_r += r * weight[:, num_features:].sum(1) - through_mean[:, num_features:].sum(1)
+    return grad_r
 
 
 @_head_variances_backward.register_fake
@@ -189,13 +219,8 @@ def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:
     on_cpu = features.device.type == "cpu"
     start = 0
     for domain, size in enumerate(sizes):
-        rows = max(1, CHUNK_ELEMENTS // features.shape[1]) if on_cpu else size
+        rows = max(1, CHUNK_ELEMENTS // features.shape[1] if on_cpu else size)
         stop = start + size
         for begin in range(start, stop, rows):
             yield domain, slice(begin, min(begin + rows, stop))
         start = stop
-
-
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
-    """The matrix product, written in place where the types agree."""
-    return torch.mm(left, right, out=out) if out.dtype == left.dtype else left @ right

@@ -46,8 +46,10 @@ class MovingAverage(nn.Module):
         return averaged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        history = self.history
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.history = self.history.to(torch.promote_types(self.history.dtype, torch.float32))
+        if self.history.dtype not in (torch.float32, torch.float64):
+            self.history = history.to(self.history.device)
         return self
 
     def extra_repr(self) -> str:

@@ -75,7 +75,7 @@ def save_checkpoint(
 
 
 def restore_checkpoint(folder: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer]) -> Progress | None:
-    """Load the newest checkpoint that is whole; damaged ones are passed over with a warning.
+    """Load the newest checkpoint that is whole; damaged ones are removed with a warning.
 
     Returns:
         Where the run stands, or None if there is no checkpoint yet.
@@ -90,6 +90,8 @@ def restore_checkpoint(folder: Path, algorithm: nn.Module, optimizers: Mapping[s
             continue
         if damaged:
             logger.warning("checkpoint %s is damaged; continuing from %s", ", ".join(damaged), path.name)
+            for name in damaged:
+                shutil.rmtree(folder / name)
         return _load(path, algorithm, optimizers)
     if damaged:
         raise RunError(

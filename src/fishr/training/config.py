@@ -99,6 +99,7 @@ class RunConfig:
         """
         return cls(
             data=dataset.name,
+            data_options=dict(dataset.options),
             test_domains=(dataset.test_domain,) if test_domains is None else test_domains,
             algorithm=algorithm,
             hparams=ALGORITHMS[algorithm].Config.default(dataset.kind).updated(hparams or {}),

@@ -6,7 +6,7 @@ from fishr.algorithms.base import Algorithm
 from fishr.data.base import Samples
 from fishr.records import Metrics
 
-BATCH_SIZE = 4096
+BATCH_SIZE = 1024
 
 
 @torch.no_grad()

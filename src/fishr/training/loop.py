@@ -78,7 +78,7 @@ class RunResult:
 def train(
     config: RunConfig,
     dataset: MultiDomainDataset,
-    output: Path,
+    output: Path | str,
     *,
     device: str = "auto",
     observer: Observer | None = None,
@@ -98,14 +98,19 @@ def train(
         NonFiniteLossError: a loss term became NaN or infinite.
         ConfigError: the config does not fit the dataset, or there is no such device.
     """
-    if config.data != dataset.name:
-        raise ConfigError(f"the config is for the dataset {config.data!r}, got {dataset.name!r}")
+    output = Path(output)
+    named, given = (config.data, dict(config.data_options)), (dataset.name, dict(dataset.options))
+    if named != given:
+        raise ConfigError("the config names the dataset {!r} with {}, got {!r} with {}".format(*named, *given))
     dataset.check_test_domains(config.test_domains)
     try:
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
-            return RunResult(output, folder.records(), trained=False)
+            records = folder.records()
+            if not records:
+                raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
+            return RunResult(output, records, trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             _Run(config, dataset, folder, fabric, observer or Silent()).finish()
     except (OSError, SafetensorError) as error:
@@ -177,13 +182,19 @@ class _Run:
                         "run the same command again to continue",
                         signal_number,
                     )
-        self.folder.finish(self._saved_model())
+            self.folder.finish(self._saved_model())
+            if stop.signal_number is not None:
+                raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
 
     def _record(self, seconds_per_step: float) -> None:
         domains: dict[str, dict[Split, Metrics]] = {
             name: {split: evaluate(self.algorithm, samples, self.fabric.device) for split, samples in splits.items()}
             for name, splits in self.splits.items()
         }
+        for name, splits in domains.items():
+            for split, metrics in splits.items():
+                if not np.isfinite(metrics.loss):
+                    raise self.monitor.error(self.step, [f"the loss on the {split}-split of {name} is {metrics.loss}"])
         record = RunRecord(self.step, self.monitor.take_means(), domains, seconds_per_step)
         self.folder.append(record)
         self.observer.on_record(record)
@@ -233,7 +244,7 @@ class _LossMonitor:
             self.last = dict(zip(terms, values, strict=True))
             bad = [f"{name} is {value}" for name, value in self.last.items() if not np.isfinite(value)]
             if bad:
-                raise NonFiniteLossError(self._message(step, bad))
+                raise self.error(step, bad)
             for name, value in self.last.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.count += 1
@@ -245,10 +256,10 @@ class _LossMonitor:
         self.sums, self.count = {}, 0
         return means
 
-    def _message(self, step: int, bad: list[str]) -> str:
+    def error(self, step: int, bad: list[str]) -> NonFiniteLossError:
         last_good = newest_checkpoint(self.folder.checkpoints)
         kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was saved before"
-        return f"at step {step} {' and '.join(bad)}; {kept}; try a smaller lr or penalty weight"
+        return NonFiniteLossError(f"at step {step} {' and '.join(bad)}; {kept}; try a smaller lr or penalty weight")
 
 
 def _fabric(device: str, config: RunConfig) -> Fabric:
@@ -269,7 +280,7 @@ def _split_all(dataset: MultiDomainDataset, config: RunConfig) -> dict[str, dict
             if config.out_fraction > 0:
                 raise DataError(
                     f"domain {name!r} has {len(samples.targets)} samples, too few for an out-split of "
-                    f"{config.out_fraction:.0%}"
+                    f"{config.out_fraction:.0%}: use more of its samples, or out_fraction=0"
                 )
             all_splits[name] = {"in": samples}
         else:

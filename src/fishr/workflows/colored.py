@@ -57,7 +57,7 @@ class Setting:
         lr: Learning rate of Adam.
         l2: Weight of Σ‖w‖² in the loss.
         penalty_weight: λ from the switch-on step on; 1 before.
-        steps: Updates; the penalty switches on after 38 % of them.
+        steps: Updates.
         data_options: Further options of the dataset.
         precision: Precision of the hidden layers.
     """
@@ -70,6 +70,11 @@ class Setting:
     steps: int = 500
     data_options: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "32"
+
+    @property
+    def switch_on(self) -> int:
+        """The published step 190 of 500, or the same share of another length."""
+        return round(0.38 * self.steps)
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,12 @@ class Watcher(Protocol):
         """A run is finished."""
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Raises ConfigError for a method that does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
+def distinct_methods(names: Sequence[str]) -> list[str]:
+    """Methods without repetition; raises ConfigError for one that does not exist."""
+    for name in names:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    return list(dict.fromkeys(names))
 
 
 def run_methods(
@@ -143,16 +149,15 @@ def run_methods(
         ConfigError: a method that does not exist.
         FishrError: as :func:`fishr.training.train`.
     """
-    check_methods(methods)
+    methods = distinct_methods(methods)
     runs = []
     for seed in seeds:
-        options = {**setting.data_options, "seed": seed}
-        dataset = load_dataset(setting.data, root=data_root, **options)
+        dataset = load_dataset(setting.data, root=data_root, seed=seed, **setting.data_options)
         for method in methods:
             algorithm, own = METHODS[method]
             penalized = {
                 "penalty_weight": setting.penalty_weight,
-                "switch_on": round(0.38 * setting.steps),
+                "switch_on": setting.switch_on,
                 "weight_before": 1.0,
                 "rescale": True,
                 "reset_optimizer": False,
@@ -165,7 +170,6 @@ def run_methods(
                 hparams=hparams if algorithm == "erm" else hparams | penalized,
                 model=ModelConfig("mlp", {"width": setting.width, "depth": 2}, init="xavier"),
                 checkpoint_every=max(1, setting.steps // 5),
-                data_options=options,
                 seed=seed,
                 out_fraction=0.0,
                 precision=setting.precision,
