@@ -56,12 +56,12 @@ def test_content_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch
     seen = []
 
     def fsync(descriptor: int) -> None:
-        (aside,) = set(tmp_path.iterdir()) - {file}
-        seen.append((file.read_text(), aside.read_text()))
+        asides = set(tmp_path.iterdir()) - {file}
+        seen.append((file.read_text(), [aside.read_text() for aside in asides]))
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_text(file, "new")
-    assert seen == [("old", "new")]
+    assert seen == [("old", ["new"]), ("new", [])]
 
 
 # A folder

@@ -124,7 +124,7 @@ def dataset(
     domains: dict[str, Samples], *, binary: bool = False, evaluation_only: str = "", test_domain: str = "x"
 ) -> MultiDomainDataset:
     return MultiDomainDataset(
-        "made", "vectors", domains, ("a", "b", "c"), test_domain, binary, frozenset({evaluation_only} - {""})
+        "made", "vectors", domains, tuple("abcdef"), test_domain, binary, frozenset({evaluation_only} - {""})
     )
 
 
@@ -139,7 +139,7 @@ def test_a_dataset_knows_its_shape_outputs_and_domains() -> None:
     made = dataset(three, evaluation_only="z")
     assert made.input_shape == (1,)
     assert made.trainable_domains == ("x", "y")
-    assert made.num_outputs == 3
+    assert made.num_outputs == 6
     assert dataset(three, binary=True).num_outputs == 1
 
 
@@ -176,5 +176,5 @@ def test_test_domains_are_checked() -> None:
 
 def test_targets_must_be_classes() -> None:
     domains = {"x": samples(0, 3), "y": Samples(torch.zeros(2, 1), torch.tensor([0, -100]))}
-    with pytest.raises(DataError, match="targets of domain 'y' of 'made' run from -100 to 0; its 3 classes are 0 to 2"):
+    with pytest.raises(DataError, match="targets of domain 'y' of 'made' run from -100 to 0; its 6 classes are 0 to 5"):
         dataset(domains)

@@ -177,6 +177,10 @@ class Algorithm(nn.Module):
             loss = nn.BCEWithLogitsLoss() if classifier.out_features == 1 else nn.CrossEntropyLoss()
         self.loss = loss
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.setup()
+
+    def setup(self) -> None:
+        """Make modules and state of the algorithm's own; the last thing that construction does."""
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Named optimizers; all of them are checkpointed."""

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fishr.algorithms.base import AlgorithmConfig
 from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.penalty import Reduction
-from fishr.functional.residuals import Loss
 from fishr.nn.penalty import FishrPenalty, Variant
 from fishr.space import Distribution, LogUniform, Uniform
 
@@ -54,7 +52,7 @@ class Fishr(PenalizedAlgorithm):
     :class:`fishr.nn.FishrPenalty`. The moving average runs from the first step, the penalty acts from the switch-on
     step.
 
-    Reference: Rame, Dancette, Cord, ICML 2022, arXiv 2109.02934, equations 3 and 4.
+    Reference: Rame, Dancette, Cord, ICML 2022, arXiv 2109.02934.
     """
 
     reference = (
@@ -64,20 +62,11 @@ class Fishr(PenalizedAlgorithm):
     Config = FishrConfig
     config: FishrConfig
 
-    def __init__(
-        self,
-        featurizer: nn.Module,
-        classifier: nn.Linear,
-        num_domains: int,
-        config: AlgorithmConfig | None = None,
-        *,
-        loss: Loss | None = None,
-        steps: int | None = None,
-    ) -> None:
-        super().__init__(featurizer, classifier, num_domains, config, loss=loss, steps=steps)
+    def setup(self) -> None:
+        super().setup()
         self.penalty = FishrPenalty(
-            classifier,
-            num_domains,
+            self.classifier,
+            self.num_domains,
             loss=self.loss,
             ema=self.config.ema,
             reduction=self.config.reduction,

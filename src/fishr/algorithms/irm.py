@@ -50,7 +50,7 @@ class IRM(PenalizedAlgorithm):
     w is a scalar multiplier of the logits, so the derivative has a closed form: the mean over the domain of
     Σ_k r_ik · logit_ik, with the residuals r.
 
-    Reference: Arjovsky, Bottou, Gulrajani, Lopez-Paz, arXiv 1907.02893, 2019, equation (IRMv1).
+    Reference: Arjovsky, Bottou, Gulrajani, Lopez-Paz, arXiv 1907.02893, 2019 (IRMv1).
     """
 
     reference = "Arjovsky, Bottou, Gulrajani, Lopez-Paz: Invariant Risk Minimization, arXiv 1907.02893, 2019"

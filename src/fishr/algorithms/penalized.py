@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses
 from fishr.data.base import DomainBatch
 from fishr.errors import ConfigError
-from fishr.functional.residuals import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +64,14 @@ class PenalizedAlgorithm(Algorithm):
     Config: ClassVar[type[AlgorithmConfig]] = PenalizedConfig
     config: PenalizedConfig
 
-    def __init__(
-        self,
-        featurizer: nn.Module,
-        classifier: nn.Linear,
-        num_domains: int,
-        config: AlgorithmConfig | None = None,
-        *,
-        loss: Loss | None = None,
-        steps: int | None = None,
-    ) -> None:
-        super().__init__(featurizer, classifier, num_domains, config, loss=loss, steps=steps)
-        self.switch_on_step = self.config.switch_on_step(steps)
-        if steps is not None and self.switch_on_step >= steps:
+    def setup(self) -> None:
+        self.switch_on_step = self.config.switch_on_step(self.steps)
+        if self.steps is not None and self.switch_on_step >= self.steps:
             logger.warning(
                 "the penalty never switches on: switch_on=%s is step %d of a run of %d steps",
                 self.config.switch_on,
                 self.switch_on_step,
-                steps,
+                self.steps,
             )
 
     def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:

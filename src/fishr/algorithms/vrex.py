@@ -38,7 +38,7 @@ class VREx(PenalizedAlgorithm):
 
     objective = 1/|E| Σ_e R_e + λ · Var_e(R_e)
 
-    Reference: Krueger and others, ICML 2021, arXiv 2003.00688, equation 8.
+    Reference: Krueger and others, ICML 2021, arXiv 2003.00688 (V-REx).
     """
 
     reference = (
