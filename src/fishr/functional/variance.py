@@ -127,7 +127,7 @@ def _head_variances_backward(
     of_chunk = _single_class_gradients if residuals.shape[1] == 1 else _chunk_gradients
     chunks = list(_chunks(sizes, features))
     # Allocated once: temporaries of each chunk would come and go at the end of the heap, a page fault for each page.
-    most_rows = max(chunk.stop - chunk.start for _, chunk in chunks)
+    most_rows = max((chunk.stop - chunk.start for _, chunk in chunks), default=0)
     scratch, widened = grad.new_empty(2, most_rows, num_features)
     of_domain = None
     with torch.autocast(features.device.type, enabled=False):
@@ -137,9 +137,8 @@ def _head_variances_backward(
                 through_mean = means[domain] * weight if means.numel() else torch.zeros_like(weight)
             r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
             grad_h = grad_features[chunk] if grad_features.dtype == grad.dtype else widened[: len(r)]
-            grad_residuals[chunk] = of_chunk(h, r, r * factor, weight, through_mean, grad_h, scratch[: len(r)]).mul_(
-                factor
-            )
+            grad_r = of_chunk(h, r, r * factor, weight, through_mean, grad_h, scratch[: len(r)])
+            grad_residuals[chunk] = grad_r.mul_(factor)
             if grad_h.dtype != grad_features.dtype:
                 grad_features[chunk] = grad_h
     return grad_features, grad_residuals
