@@ -41,5 +41,7 @@ def demo(
     rows = [(colored.TITLES[method], *map(mean_and_std, spread.mean, spread.std)) for method, spread in spreads.items()]
     print_table(("accuracy in %", "train", "unseen", "gray"), rows)
     stdout.print(workflow.conclusion(spreads["erm"], spreads["fishr"]), soft_wrap=True)
-    stdout.print(f"Mean ± standard deviation over {seeds} seeds; written to {output / 'results.json'}.", soft_wrap=True)
+    stdout.print(
+        f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.", soft_wrap=True
+    )
     print_if_done_before(watcher, output)
