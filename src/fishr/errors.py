@@ -20,6 +20,10 @@ class DataError(FishrError):
     """Data that is missing, damaged or cannot be read."""
 
 
+class UnreadableImageError(DataError):
+    """An image file that cannot be decoded; the message is the reason alone, such as "truncated JPEG"."""
+
+
 class RunError(FishrError):
     """A run folder that cannot be used: another config, a damaged checkpoint, no space to write."""
 
