@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from fishr.errors import ConfigError
 from fishr.models import FEATURIZERS, ModelConfig, build_model, default_model
+from fishr.models.backbone import backbone_config
 from fishr.models.mlp import MLP
 from fishr.models.mnist_cnn import MNISTCNN
 
@@ -99,9 +102,24 @@ def test_mnist_cnn_takes_nothing_but_images(shape: tuple[int, ...]) -> None:
 
 
 def test_networks_by_name() -> None:
-    assert set(FEATURIZERS) >= {"mlp", "mnist-cnn"}
+    assert set(FEATURIZERS) >= {"mlp", "mnist-cnn", "timm"}
     for kind, expected in (("vectors", "mlp"), ("small_images", "mnist-cnn")):
-        assert default_model(kind) == ModelConfig(expected)
+        assert default_model(kind, (3, 28, 28)) == ModelConfig(expected)
+    assert default_model("images", (1, 224, 224)) == backbone_config("resnet50.tv_in1k", channels=1)
+
+
+def test_backbones_are_waited_for_by_those_who_use_one() -> None:
+    script = "import sys, fishr.models, fishr.models.backbone; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_building_does_not_look_at_the_weights() -> None:
+    config = ModelConfig("mlp", weights="hub:nobody/nothing")
+    torch.manual_seed(0)
+    featurizer, _ = build_model(config, (3,), 2)
+    torch.manual_seed(0)
+    expected, _ = build_model(ModelConfig("mlp"), (3,), 2)
+    assert torch.equal(featurizer[1].weight, expected[1].weight)
 
 
 @pytest.mark.parametrize("init", ["default", "xavier"])

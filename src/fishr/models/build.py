@@ -18,6 +18,20 @@ FEATURIZERS.register("mlp", MLP)
 FEATURIZERS.register("mnist-cnn", MNISTCNN)
 
 
+def _timm_backbone(input_shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """A backbone of timm, which only those who use one wait for."""
+    from fishr.models.backbone import Backbone
+
+    return Backbone(input_shape, **options)
+
+
+FEATURIZERS.register("timm", _timm_backbone)
+
+
+DEFAULT_BACKBONE = "resnet50.tv_in1k"
+"""The published protocol's: Gulrajani and Lopez-Paz, arXiv 2007.01434."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network.
@@ -27,15 +41,23 @@ class ModelConfig:
         options: Its keyword arguments.
         init: ``"default"``: PyTorch's; ``"xavier"``: Xavier-uniform weights and zero biases in all linear layers (the
             Colored MNIST protocol).
+        weights: The featurizer's initial weights where they are not drawn: ``"hub:<id>"``, of timm's on the Hugging
+            Face hub, or ``"sha256:<digest>"``, of a file. :func:`build_model` does not look at it: they are loaded by
+            :func:`fishr.models.backbone.load_initial_weights`, at the start of a training and never for a saved model.
     """
 
     featurizer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     init: Literal["default", "xavier"] = "default"
+    weights: str | None = None
 
 
-def default_model(kind: Kind) -> ModelConfig:
-    """The customary network for a kind of data."""
+def default_model(kind: Kind, input_shape: tuple[int, ...]) -> ModelConfig:
+    """The customary network for a kind of data; for images ResNet-50 with torchvision's first ImageNet weights."""
+    if kind == "images":
+        from fishr.models.backbone import backbone_config
+
+        return backbone_config(DEFAULT_BACKBONE, channels=input_shape[0])
     return ModelConfig("mnist-cnn" if kind == "small_images" else "mlp")
 
 
