@@ -1,0 +1,1 @@
+"""Use of a saved model: predictions for image files, evaluation, export."""
