@@ -8,10 +8,13 @@ from typer.main import get_command
 
 from fishr.cli.console import print_error, print_notice
 from fishr.cli.demo import demo
+from fishr.cli.evaluate import evaluate
+from fishr.cli.export import export
+from fishr.cli.predict import predict
 from fishr.cli.reproduce import reproduce_app
 from fishr.cli.train import train
 
-MULTIPLE = ("--methods", "--set", "--test-domain")
+MULTIPLE = ("--average-arg", "--backbone-arg", "--images", "--mean", "--methods", "--set", "--std", "--test-domain")
 """Options that take several values, ``--methods erm fishr``, which typer knows only as repeated options."""
 OPTION = re.compile(r"--|-[a-z]$")
 
@@ -24,6 +27,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(evaluate)
+app.command()(export)
+app.command()(predict)
 app.add_typer(reproduce_app, name="reproduce")
 
 

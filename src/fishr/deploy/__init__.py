@@ -1,1 +1,7 @@
-"""Use of a saved model: predictions for image files, evaluation, export."""
+"""Use of a saved model: evaluate it, predict with it, export it."""
+
+from fishr.deploy.evaluate import evaluate_model, load_data_for
+from fishr.deploy.export import export_onnx
+from fishr.deploy.predict import find_images, predict_images
+
+__all__ = ["evaluate_model", "export_onnx", "find_images", "load_data_for", "predict_images"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fishr.data.image_format import ImageFormat, read_image
 from fishr.data.listing import IMAGE_SUFFIXES, JUNK
-from fishr.devices import torch_device
+from fishr.devices import num_cpus, torch_device
 from fishr.errors import ConfigError, DataError, UnreadableImageError
 from fishr.models.saved import SavedModel
 
@@ -223,7 +223,7 @@ def _read_ahead(
     paths: Iterable[Path], format: ImageFormat, ahead: int
 ) -> Generator[tuple[Path, NDArray[np.uint8] | str], None, None]:
     """Each path with its image in evaluation form, or with the reason why there is none."""
-    threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fishr-predict")
+    threads = ThreadPoolExecutor(num_cpus(), thread_name_prefix="fishr-predict")
     pending: deque[tuple[Path, Future[NDArray[np.uint8] | str]]] = deque()
     try:
         for next_path in paths:
