@@ -27,6 +27,7 @@ HOUSE = (
     "data",
     "nn",
     "functional",
+    "devices",
     "space",
     "registry",
     "files",

@@ -87,3 +87,47 @@ def test_step_overhead_measures_an_active_penalty_in_the_precision_asked_for(scr
     rescaled = (losses.terms["risk"] + fishr.l2_term()) / fishr.config.penalty_weight + losses.terms["penalty"]
     torch.testing.assert_close(losses.total, rescaled)
     assert fishr.features(load.batch.inputs).dtype == torch.bfloat16
+
+
+def test_input_pipeline_writes_rates_of_all_sides(script, data_root, tmp_path):
+    results = run(script, "input_pipeline", tmp_path, "--data-root", str(data_root))
+    assert list(results["batches"]) == list(script("input_pipeline").SIDES)
+    assert list(results["building"]) == ["decode", "build"]
+    for rates in (results["batches"], results["building"]):
+        assert all(side["images_per_second"]["median"] > 0 for side in rates.values())
+
+
+def test_pacs_compares_chooses_and_draws(script, data_root, tmp_path, monkeypatch):
+    pacs = script("pacs")
+    monkeypatch.setenv("FISHR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pacs, "CANDIDATES", pacs.CANDIDATES[:1])
+    weights = data_root / "weights" / "mobilenetv2_100_imagenet.safetensors"
+    options = ["--quick", "--data-root", str(data_root), "--weights", str(weights), "--runs", str(tmp_path / "runs")]
+    pacs.main([*options, "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "pacs.json").read_text(encoding="utf-8"))["results"]
+    assert list(results) == ["art_painting", "cartoon", "photo", "sketch"]
+    for of in results.values():
+        assert {name: len(runs) for name, runs in of["runs"].items()} == {"erm": 2, "fishr": 2}
+        assert all(len(run["curve"]) == 2 for runs in of["runs"].values() for run in runs)
+    assert "| ERM, held-out accuracy" in (tmp_path / "pacs.md").read_text(encoding="utf-8")
+    assert "<svg" in (tmp_path / "pacs.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [((1, 2), "Fishr beats ERM"), ((-1, -2), "Fishr does not beat ERM"), ((1, -2), "Neither is better")],
+)
+def test_pacs_judges_by_the_paired_difference(script, differences, verdict):
+    results = {
+        domain: {
+            "runs": {
+                "erm": [{"held_out": 0.5}, {"held_out": 0.6}],
+                "fishr": [
+                    {"held_out": value + difference / 100}
+                    for value, difference in zip((0.5, 0.6), differences, strict=True)
+                ],
+            }
+        }
+        for domain in ("a", "b")
+    }
+    assert script("pacs").conclusion(results).startswith(verdict)

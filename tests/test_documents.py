@@ -24,7 +24,7 @@ def blocks(language: str) -> list:
 
 
 def commands() -> list:
-    lines = [line for block in blocks("bash") for line in block.values[0].splitlines()]
+    lines = [line for block in blocks("bash") for line in block.values[0].replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fishr ")]
 
 

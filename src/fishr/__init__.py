@@ -28,7 +28,7 @@ _HOMES = {
     "train": "fishr.training",
 }
 
-_ROOMS = ("algorithms", "data", "functional", "models", "nn", "training")
+_ROOMS = ("algorithms", "data", "deploy", "functional", "models", "nn", "training")
 
 __all__ = [
     "DomainBatch",

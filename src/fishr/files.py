@@ -25,6 +25,7 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes ``path``'s place when the block ends without an error."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    old = path.with_name(f".{path.name}.old.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -32,7 +33,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in aside.iterdir():
             _sync(file)
         # Moved away, not deleted: should the second rename fail, the old one takes its place again.
-        old = path.with_name(f".{path.name}.old.{os.getpid()}")
         if path.exists():
             path.rename(old)
         try:
@@ -42,9 +42,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 old.replace(path)
             raise
         _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:

@@ -13,7 +13,7 @@ from fishr.algorithms.irm import IRMConfig
 from fishr.algorithms.penalized import PenalizedConfig
 from fishr.algorithms.vrex import VRExConfig
 from fishr.errors import ConfigError
-from fishr.space import draw
+from fishr.space import Choice, draw
 
 KINDS = ("vectors", "small_images", "images")
 CONFIGS = {name: ALGORITHMS[name].Config for name in ALGORITHMS}
@@ -48,6 +48,9 @@ def problems_of(config: type[AlgorithmConfig], **values: Any) -> list[str]:
         ({"batch_size": 0}, "batch_size must be at least 1, or null for all samples, got 0"),
         ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
         ({"l2": -0.5}, "l2 must be at least 0, got -0.5"),
+        ({"dropout": 1.0}, "dropout must lie in [0, 1), got 1.0"),
+        ({"dropout": -0.1}, "dropout must lie in [0, 1), got -0.1"),
+        ({"dropout": None}, "dropout must be a number, got None"),
         ({"penalty_weight": -1.0}, "penalty_weight must be at least 0, got -1.0"),
         ({"weight_before": -1.0}, "weight_before must be at least 0, got -1.0"),
         ({"switch_on": -1}, "switch_on must be at least 0, got -1"),
@@ -95,7 +98,7 @@ def test_problems_of_base_and_subclass_come_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "l2", "penalty_weight", "switch_on", "ema"])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "l2", "dropout", "penalty_weight", "switch_on", "ema"])
 def test_a_number_must_be_finite(name: str, value: float) -> None:
     """``--set lr=NaN`` reads as a number."""
     with pytest.raises(ConfigError, match=f"{name} must be .*, got {value}"):
@@ -119,6 +122,8 @@ def test_a_decay_lies_below_one(ema: float) -> None:
         {"switch_on": 1.5},
         {"ema": None, "reduction": None},
         {"ema": 0},
+        {"dropout": 0},
+        {"dropout": 0.999},
     ],
 )
 def test_a_value_at_the_edge(values: dict[str, Any]) -> None:
@@ -155,7 +160,9 @@ def test_an_unknown_hyperparameter_suggests_the_nearest(name: str, hint: str | N
 
 
 def test_a_penalty_weight_is_not_erms() -> None:
-    with pytest.raises(ConfigError, match=r"unknown hyperparameter 'penalty_weight' \(known: batch_size, l2, lr, we"):
+    with pytest.raises(
+        ConfigError, match=r"unknown hyperparameter 'penalty_weight' \(known: batch_size, dropout, l2, lr, we"
+    ):
         ERM.Config().updated({"penalty_weight": 1.0})
 
 
@@ -179,7 +186,8 @@ def test_shared_defaults_of_each_kind(name: str) -> None:
     for kind, lr, batch_size in (("vectors", 1e-3, 64), ("small_images", 1e-3, 64), ("images", 5e-5, 32)):
         config = CONFIGS[name].default(kind)
         assert type(config) is CONFIGS[name]
-        assert (config.lr, config.batch_size, config.weight_decay, config.l2) == (lr, batch_size, 0, 0)
+        assert (config.lr, config.batch_size) == (lr, batch_size)
+        assert (config.weight_decay, config.l2, config.dropout) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +239,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 def test_search_spaces_are_the_published_ones(name: str, kind: str) -> None:
     expected = RANGES["images" if kind == "images" else "small"] | RANGES[name]
     space = CONFIGS[name].space(kind)
+    assert space.pop("dropout", None) == (Choice((0.0, 0.1, 0.5)) if kind == "images" else None)
     assert set(space) == set(expected)
     draws = [draw(space, seed) for seed in range(400)]
     logarithmic = set(expected) - {"ema"} - ({"switch_on"} if name == "fishr" else set())

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fishr.algorithms import ERM, IRM, Algorithm, Fishr, VREx
+from fishr.algorithms import ALGORITHMS, ERM, IRM, Algorithm, Fishr, VREx
 from fishr.algorithms.base import domain_means
-from fishr.data import DomainBatch, Samples
+from fishr.data import DomainBatch
+from fishr.errors import ConfigError
 from oracles import head_gradients, penalty, relative_error, variances
 
 SIZES = (4, 7, 3)
@@ -19,15 +20,14 @@ SIZES = (4, 7, 3)
 def batch(num_outputs: int, sizes: tuple[int, ...] = SIZES) -> DomainBatch:
     generator = torch.Generator().manual_seed(1)
     num_classes = max(num_outputs, 2)
-    return DomainBatch.of(
-        [
-            Samples(
-                torch.randn(size, 5, generator=generator, dtype=torch.float64),
-                torch.randint(num_classes, (size,), generator=generator),
-            )
-            for size in sizes
-        ]
-    )
+    domains = [
+        (
+            torch.randn(size, 5, generator=generator, dtype=torch.float64),
+            torch.randint(num_classes, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+    return DomainBatch.of([inputs for inputs, _ in domains], [targets for _, targets in domains])
 
 
 def network(num_outputs: int) -> tuple[nn.Module, nn.Linear]:
@@ -235,3 +235,9 @@ def test_logits_are_computed_outside_autocast(cls: type[Algorithm]) -> None:
         logits = algorithm(inputs)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, F.linear(features.float(), classifier.weight, classifier.bias))
+
+
+@pytest.mark.parametrize("name", ["fishr", "vrex"])
+def test_what_compares_domains_needs_two(name: str) -> None:
+    with pytest.raises(ConfigError, match="compares domains and needs at least 2 to train on, got 1: hold out fewer"):
+        ALGORITHMS[name](nn.Identity(), nn.Linear(2, 2), 1)

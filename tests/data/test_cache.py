@@ -176,7 +176,7 @@ def test_order_is_that_of_the_paths(
         return DECODE(format, content)
 
     monkeypatch.setattr(ImageFormat, "decode", decode)
-    monkeypatch.setattr(cache, "_num_cpus", lambda: cpus)
+    monkeypatch.setattr(cache, "num_cpus", lambda: cpus)
     assert is_right(store_images(paths, FORMAT, mode, folder), paths)
 
 
@@ -489,7 +489,7 @@ def test_few_images_wait_in_memory(
     tmp_path: Path, folder: Path, mode: cache.CacheMode, monkeypatch: pytest.MonkeyPatch, decoded: list[bytes]
 ) -> None:
     paths = make_pictures(tmp_path / "data", 60)
-    monkeypatch.setattr(cache, "_num_cpus", lambda: 2)
+    monkeypatch.setattr(cache, "num_cpus", lambda: 2)
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_REPORTS", 0)
     waiting = []
 

@@ -63,8 +63,10 @@ def same(one: Samples, other: Samples) -> bool:
 
 def test_the_other_channel_is_zero_and_the_image_untouched() -> None:
     images = np.random.default_rng(0).random((50, 3, 5), np.float32) + 0.1
-    samples = colored_samples(
-        images, np.arange(50) % 10, label_flip=0.25, color_flip=0.3, generator=np.random.default_rng(1)
+    samples = Samples(
+        *colored_samples(
+            images, np.arange(50) % 10, label_flip=0.25, color_flip=0.3, generator=np.random.default_rng(1)
+        )
     )
     assert samples.inputs.shape == (50, 2, 3, 5)
     assert set(colors(samples).tolist()) == {0, 1}
@@ -72,8 +74,14 @@ def test_the_other_channel_is_zero_and_the_image_untouched() -> None:
 
 
 def test_without_flips_label_and_color_are_digit_below_five() -> None:
-    samples = colored_samples(
-        np.ones((10, 1, 1), np.float32), np.arange(10), label_flip=0, color_flip=0, generator=np.random.default_rng(0)
+    samples = Samples(
+        *colored_samples(
+            np.ones((10, 1, 1), np.float32),
+            np.arange(10),
+            label_flip=0,
+            color_flip=0,
+            generator=np.random.default_rng(0),
+        )
     )
     assert samples.targets.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
     assert samples.targets.dtype == torch.int64
@@ -84,12 +92,14 @@ def test_without_flips_label_and_color_are_digit_below_five() -> None:
 def test_flips_have_their_rates_and_are_independent(color_flip: float) -> None:
     size = 100_000
     digits = np.arange(size) % 10
-    samples = colored_samples(
-        np.ones((size, 1, 1), np.float32),
-        digits,
-        label_flip=0.25,
-        color_flip=color_flip,
-        generator=np.random.default_rng(0),
+    samples = Samples(
+        *colored_samples(
+            np.ones((size, 1, 1), np.float32),
+            digits,
+            label_flip=0.25,
+            color_flip=color_flip,
+            generator=np.random.default_rng(0),
+        )
     )
     label_flipped = samples.targets.numpy() != (digits < 5)
     color_flipped = (colors(samples) != samples.targets).numpy()
@@ -344,7 +354,9 @@ def test_an_impossible_label_flip_is_refused(name: str, label_flip: float) -> No
 
 
 def test_the_names() -> None:
-    assert sorted(DATASETS) == ["colored-digits", "colored-mnist", "colored-mnist-irm", "rotated-mnist"]
+    made = ["colored-digits", "colored-mnist", "colored-mnist-irm", "rotated-mnist"]
+    of_images = ["domain-net", "office-home", "pacs", "terra-incognita", "vlcs"]
+    assert sorted(DATASETS) == sorted(made + of_images)
 
 
 def test_an_unknown_dataset_is_refused() -> None:

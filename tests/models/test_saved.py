@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fishr.data.image_format import ImageFormat
 from fishr.errors import DataError, FishrError
 from fishr.models import FEATURIZERS, ModelCard, ModelConfig, SavedModel, build_model, load_model, save_model
+from fishr.models.backbone import backbone_config
+from fishr.models.card import card_as_markdown
 from small_runs import registered
 
 
@@ -31,6 +36,15 @@ def change_card(folder: Path, **changes: Any) -> None:
     (folder / "model.json").write_text(json.dumps(content | changes))
 
 
+def digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def vouch_for(folder: Path) -> None:
+    """Make the card name the weights that lie there, as somebody would who means harm."""
+    change_card(folder, weights_sha256=digest_of(folder / "model.safetensors"))
+
+
 # Round trip
 
 
@@ -38,7 +52,7 @@ def change_card(folder: Path, **changes: Any) -> None:
 def test_saved_and_loaded_it_is_the_same(binary: bool, tmp_path: Path) -> None:
     original = model(binary=binary, classes=("ant", "bee") if binary else ("ant", "bee", "cat"))
     save_model(tmp_path, original)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.json", "model.safetensors"]
     loaded = load_model(tmp_path)
     inputs = torch.randn(20, 2, 4)
     assert torch.equal(loaded(inputs), original(inputs))
@@ -62,12 +76,53 @@ def test_the_global_random_state_does_not_matter(saved: Path) -> None:
 def test_the_card_is_for_people_too(saved: Path) -> None:
     assert json.loads((saved / "model.json").read_text()) == {
         "format": 1,
-        "model": {"featurizer": "mlp", "options": {"width": 6}, "init": "default"},
+        "weights_sha256": digest_of(saved / "model.safetensors"),
+        "model": {"featurizer": "mlp", "options": {"width": 6}, "init": "default", "weights": None},
         "input_shape": [2, 4],
         "classes": ["ant", "bee", "cat"],
         "binary": False,
         "provenance": {"config": {"seed": 3}},
+        "image_format": None,
     }
+    assert (saved / "README.md").read_text() == card_as_markdown(model().card)
+
+
+def test_the_format_of_images_is_on_the_card(tmp_path: Path) -> None:
+    card = ModelCard(ModelConfig("mlp", {"width": 6}), (4, 8, 8), ("ant", "bee"), False, image_format=ImageFormat(8, 4))
+    save_model(tmp_path, SavedModel(*build_model(card.model, card.input_shape, card.num_outputs), card))
+    assert json.loads((tmp_path / "model.json").read_text())["image_format"] == {"size": 8, "channels": 4}
+    assert load_model(tmp_path).card == card
+    change_card(tmp_path, image_format={"size": 8, "channels": 2})
+    with pytest.raises(DataError, match=r"is not a usable saved model: ConfigError: images have 1 \(gray\), 3 \(RGB\)"):
+        load_model(tmp_path)
+    change_card(tmp_path, image_format={"size": 8, "quality": 3})
+    with pytest.raises(DataError, match=r"is not a usable saved model: TypeError: .*'quality'"):
+        load_model(tmp_path)
+
+
+def test_the_model_of_a_runs_folder(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = tmp_path_factory.mktemp("run")
+    shutil.copytree(saved, run / "model")
+    for folder in (run, str(run), run / "model"):
+        assert load_model(folder).card == load_model(saved).card
+    # A model that lies in the folder itself comes first.
+    save_model(run, model(width=5))
+    assert load_model(run).card.model.options == {"width": 5}
+
+
+def test_a_run_without_a_model_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(DataError, match=rf"^{tmp_path} is not a saved model: model.json is missing$"):
+        load_model(tmp_path)
+
+
+def test_bytes_are_images() -> None:
+    """As they are stored and read; floats are taken to lie in [0, 1]."""
+    several = model()
+    images = torch.randint(0, 256, (5, 2, 4), dtype=torch.uint8)
+    assert torch.equal(several(images), several(images.float() / 255))
+    assert torch.equal(several.predict_proba(images), several.predict_proba(images.float() / 255))
 
 
 def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
@@ -131,9 +186,10 @@ def test_a_file_in_place_of_the_folder(saved: Path) -> None:
         (b"{", "JSONDecodeError"),
         (b"\xff\xfe", "UnicodeDecodeError"),
         (b"[]", "TypeError"),
-        (b"null", "AttributeError"),
+        (b"null", "TypeError"),
         (b"{}", "KeyError: 'format'"),
-        (b'{"format": 1}', "KeyError: 'model'"),
+        (b'{"format": 1}', "KeyError: 'image_format'"),
+        (b'{"format": 1, "image_format": null}', "KeyError: 'model'"),
         (b'{"version": 3, "name": "somebody else\'s"}', "KeyError: 'format'"),
     ],
 )
@@ -192,6 +248,7 @@ def test_other_weights_than_the_cards(saved: Path, change: str) -> None:
     else:
         weights["classifier.bias"] = torch.zeros(4)
     save_file(weights, saved / "model.safetensors")
+    vouch_for(saved)
     with pytest.raises(DataError, match=rf"(?s)^the weights in {saved} do not fit .*classifier"):
         load_model(saved)
 
@@ -212,11 +269,45 @@ def other_header(content: bytes) -> bytes:
     return content.replace(b"F32", b"F99", 1)
 
 
+CHANGED = r"^{}/model.safetensors is not the file that model.json was written with: it was changed or damaged$"
+
+
 @pytest.mark.parametrize("tamper", [cut, without_header, longer, other_header, lambda _: b"", lambda _: b"x" * 100])
 def test_weights_that_are_damaged(saved: Path, tamper: Any) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(tamper(file.read_bytes()))
+    with pytest.raises(DataError, match=CHANGED.format(saved)):
+        load_model(saved)
+    vouch_for(saved)
     with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: SafetensorError"):
+        load_model(saved)
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_found(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    content = file.read_bytes()
+    for place in (9, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(DataError, match=CHANGED.format(saved)):
+            load_model(saved)
+    file.write_bytes(content)
+    load_model(saved)
+
+
+def test_weights_of_another_model_of_the_same_shape_are_found(saved: Path) -> None:
+    weights = {name: value + 1 for name, value in load_file(saved / "model.safetensors").items()}
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(DataError, match=CHANGED.format(saved)):
+        load_model(saved)
+
+
+def test_a_card_without_a_checksum_is_refused(saved: Path) -> None:
+    content = json.loads((saved / "model.json").read_text())
+    del content["weights_sha256"]
+    (saved / "model.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: KeyError: 'weights_sha256'$"):
         load_model(saved)
 
 
@@ -232,6 +323,8 @@ def test_a_pickle_is_never_executed(saved: Path, name: str, protocol: int, monke
     monkeypatch.setenv("FISHR_TEST_EXECUTED", str(executed))
     content = pickle.dumps({"format": Malicious()}, protocol=protocol)
     (saved / name).write_bytes(content)
+    if name == "model.safetensors":
+        vouch_for(saved)
     with pytest.raises(DataError, match="is not a usable saved model"):
         load_model(saved)
     assert not executed.exists()
@@ -240,7 +333,102 @@ def test_a_pickle_is_never_executed(saved: Path, name: str, protocol: int, monke
     assert executed.is_dir()
 
 
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    """A saved backbone."""
+    config = backbone_config("test_resnet", weights=None)
+    card = ModelCard(config, (3, 32, 32), ("ant", "bee"), False, image_format=ImageFormat(32))
+    save_model(tmp_path, SavedModel(*build_model(config, card.input_shape, card.num_outputs), card))
+    return tmp_path
+
+
+@pytest.fixture
+def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the network nor a file with tensors can be reached."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("something was loaded")
+
+    for name in ("socket.socket.connect", "socket.getaddrinfo", "torch.load", "torch.hub.load_state_dict_from_url"):
+        monkeypatch.setattr(name, refuse)
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_saved_backbone_needs_nothing_else(backbone: Path) -> None:
+    change_options(backbone, weights="hub:nobody/nothing")
+    loaded = load_model(backbone)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert loaded(images).shape == (2, 2)
+    assert not any(module.training for module in loaded.modules())
+
+
+def change_options(folder: Path, weights: str | None = None, **options: Any) -> None:
+    content = json.loads((folder / "model.json").read_text())["model"]
+    change_card(folder, model={**content, "weights": weights, "options": {**content["options"], **options}})
+
+
+@pytest.mark.usefixtures("sealed")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_hub:timm/test_resnet.r160_in1k",
+        "hf-hub:timm/test_resnet.r160_in1k",
+        "local-dir:{bait}",
+        "local_dir:{bait}",
+        "{bait}",
+        "test_resnet.r160_in1k",
+        "",
+    ],
+)
+def test_a_card_that_names_a_backbone_elsewhere(backbone: Path, bait: tuple[Path, Path], name: str) -> None:
+    folder, executed = bait
+    change_options(backbone, name=name.format(bait=folder))
+    with pytest.raises(
+        DataError, match=rf"^the architecture in {backbone}/model.json cannot be built: unknown backbone"
+    ):
+        load_model(backbone)
+    assert not executed.exists()
+
+
+@pytest.mark.usefixtures("sealed")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("checkpoint_path", "{bait}/pytorch_model.bin"),
+        ("pretrained", True),
+        ("pretrained_cfg", {"file": "{bait}/pytorch_model.bin"}),
+        ("pretrained_cfg_overlay", {"file": "{bait}/pytorch_model.bin"}),
+        ("cache_dir", "{bait}"),
+        ("features_only", True),
+        ("scriptable", True),
+    ],
+)
+def test_a_card_with_arguments_that_reach_elsewhere(
+    backbone: Path, bait: tuple[Path, Path], name: str, value: Any
+) -> None:
+    folder, executed = bait
+    value = json.loads(json.dumps(value).replace("{bait}", str(folder)))
+    change_options(backbone, arguments={name: value})
+    with pytest.raises(
+        DataError, match=rf"^the architecture in {backbone}/model.json cannot be built: .* cannot have {name}: "
+    ):
+        load_model(backbone)
+    assert not executed.exists()
+
+
+@pytest.fixture
+def bait(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A folder as timm's models on the hub, whose weights make another folder when they are unpickled; that folder."""
+    folder = tmp_path_factory.mktemp("bait")
+    executed = folder / "executed"
+    monkeypatch.setenv("FISHR_TEST_EXECUTED", str(executed))
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 2}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+    return folder, executed
+
+
 def test_a_torch_file_is_never_executed(saved: Path) -> None:
     torch.save(model().state_dict(), saved / "model.safetensors")
+    vouch_for(saved)
     with pytest.raises(DataError, match="is not a usable saved model: SafetensorError"):
         load_model(saved)

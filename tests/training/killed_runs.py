@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fishr.data import MultiDomainDataset, load_dataset
 from fishr.errors import FishrError, RunInterruptedError
 from fishr.training import RunConfig, train
 from fishr.training.loop import Silent
-from small_runs import RUNS, noisy_registered, run_config, small_digits
+from small_runs import RUNS, noisy_registered, picture_config, run_config, small_digits, write_pictures
 
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 KILLS_IN_A_ROW = (9, 14, 22, 5, 17)
@@ -26,7 +27,7 @@ KILLS_IN_A_ROW = (9, 14, 22, 5, 17)
 SIGNALS_IN_A_ROW = ((10, signal.SIGKILL), (30, signal.SIGTERM), (50, signal.SIGKILL), (70, signal.SIGINT))
 """Updates after which each process in turn is sent a signal."""
 
-DIGITS = small_digits()
+KILLED_PICTURE_RUNS = ("fishr", "swad", "select-sma")
 
 
 def die_at_write(number: int) -> None:
@@ -65,31 +66,36 @@ def exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_until_write(config: RunConfig, folder: Path, write: int) -> bool:
+def run_to_the_end(config: RunConfig, data: MultiDomainDataset, folder: Path) -> None:
+    """Train in a process of its own: threads that read images do not outlive a fork."""
+    assert exit_code(in_process(partial(train, config, data, folder, device="cpu"))) == 0
+
+
+def run_until_write(config: RunConfig, data: MultiDomainDataset, folder: Path, write: int) -> bool:
     """Train until that write; whether the run got there."""
 
     def job() -> None:
         die_at_write(write)
-        train(config, DIGITS, folder, device="cpu")
+        train(config, data, folder, device="cpu")
 
     return exit_code(in_process(job)) == -signal.SIGKILL
 
 
-def killed_at_every_write(config: RunConfig, folder: Path) -> dict[str, Any]:
+def killed_at_every_write(config: RunConfig, data: MultiDomainDataset, folder: Path) -> dict[str, Any]:
     """Kill a run at its first write and continue it, another at its second, ... until one is through unharmed."""
     write, refused = 1, {}
-    while run_until_write(config, folder / f"killed-{write}", write):
+    while run_until_write(config, data, folder / f"killed-{write}", write):
         try:
-            train(config, DIGITS, folder / f"killed-{write}", device="cpu")
+            train(config, data, folder / f"killed-{write}", device="cpu")
         except FishrError as error:
             refused[write] = str(error)
         write += 1
     return {"kills": write - 1, "refused": refused}
 
 
-def killed_in_a_row(config: RunConfig, folder: Path) -> dict[str, Any]:
-    kills = sum(run_until_write(config, folder / "killed", write) for write in KILLS_IN_A_ROW)
-    train(config, DIGITS, folder / "killed", device="cpu")
+def killed_in_a_row(config: RunConfig, data: MultiDomainDataset, folder: Path) -> dict[str, Any]:
+    kills = sum(run_until_write(config, data, folder / "killed", write) for write in KILLS_IN_A_ROW)
+    run_to_the_end(config, data, folder / "killed")
     return {"kills": kills}
 
 
@@ -105,34 +111,47 @@ class Telling(Silent):
             time.sleep(0.2)
 
 
-def stopped_from_outside(config: RunConfig, folder: Path) -> dict[str, Any]:
+def stopped_from_outside(config: RunConfig, data: MultiDomainDataset, folder: Path) -> dict[str, Any]:
     """Send a process a signal when it says that it has made so many updates, wherever it has got to by then."""
     codes = []
     for after, number in SIGNALS_IN_A_ROW:
         readable, writable = os.pipe()
         telling = Telling(writable, slow_after=after + 10)
-        pid = in_process(partial(train, config, DIGITS, folder / "killed", device="cpu", observer=telling))
+        pid = in_process(partial(train, config, data, folder / "killed", device="cpu", observer=telling))
         os.close(writable)
         with os.fdopen(readable) as told:
             while int(told.readline()) < after:
                 pass
             os.kill(pid, number)
         codes.append(exit_code(pid))
-    train(config, DIGITS, folder / "killed", device="cpu")
+    run_to_the_end(config, data, folder / "killed")
     return {"codes": codes}
 
 
+Job = Callable[[RunConfig, MultiDomainDataset, Path], dict[str, Any]]
+
+
 def main(folder: Path) -> None:
-    jobs: dict[str, tuple[RunConfig, Callable[[RunConfig, Path], dict[str, Any]]]] = {
-        name: (run_config(name), killed_in_a_row) for name in RUNS
+    digits = small_digits()
+    pictures = load_dataset(str(write_pictures(folder / "data" / "pictures")), image_size=16, cache="none")
+    jobs: dict[str, tuple[RunConfig, MultiDomainDataset, Job]] = {
+        name: (run_config(name), digits, killed_in_a_row) for name in RUNS
     }
-    jobs["every-write"] = (run_config("erm", steps=3, checkpoint_every=1), killed_at_every_write)
-    jobs["outside"] = (run_config("fishr", steps=100, checkpoint_every=3), stopped_from_outside)
+    jobs |= {
+        f"pictures-{name}": (picture_config(pictures, name), pictures, killed_in_a_row) for name in KILLED_PICTURE_RUNS
+    }
+    jobs["every-write"] = (run_config("erm", steps=3, checkpoint_every=1), digits, killed_at_every_write)
+    # In this trial the second checkpoint is better than the first.
+    selecting = run_config("erm", steps=2, checkpoint_every=1, select=True, trial=3)
+    jobs["every-write-select"] = (selecting, digits, killed_at_every_write)
+    jobs["outside"] = (run_config("fishr", steps=100, checkpoint_every=3), digits, stopped_from_outside)
+    # A killed process loses nothing that it wrote; to wait for the disk would take most of the time.
+    os.fsync = lambda descriptor: None
     report = {}
     with noisy_registered():
-        for name, (config, job) in jobs.items():
-            train(config, DIGITS, folder / name / "undisturbed", device="cpu")
-            report[name] = job(config, folder / name)
+        for name, (config, data, job) in jobs.items():
+            run_to_the_end(config, data, folder / name / "undisturbed")
+            report[name] = job(config, data, folder / name)
     (folder / "report.json").write_text(json.dumps(report))
 
 

@@ -8,7 +8,7 @@ from fishr.algorithms import ALGORITHMS
 from fishr.data import MultiDomainDataset
 from fishr.errors import ConfigError
 from fishr.models import ModelConfig
-from fishr.training import RunConfig
+from fishr.training import AverageConfig, RunConfig
 from small_runs import run_config
 
 
@@ -29,6 +29,9 @@ CHANGES: dict[str, Any] = {
     "trial": 1,
     "out_fraction": 0.1,
     "precision": "bf16-mixed",
+    "average": AverageConfig("sma"),
+    "select": True,
+    "class_balanced": True,
 }
 
 
@@ -71,11 +74,18 @@ def test_the_order_of_held_out_domains_does_not_matter() -> None:
 
 
 def test_reads_back_from_json() -> None:
-    original = config(model=ModelConfig("mlp", {"width": 3}, "xavier"), test_domains=("+80%", "-90%"))
+    original = config(
+        model=ModelConfig("mlp", {"width": 3}, "xavier", "sha256:0123"),
+        test_domains=("+80%", "-90%"),
+        average=AverageConfig("ema", {"decay": 0.5}),
+        select=True,
+    )
     content = json.loads(json.dumps(original.as_dict()))
     assert RunConfig.from_dict(content) == original
     assert RunConfig.from_dict(content).hash == original.hash
     assert type(RunConfig.from_dict(content).hparams) is type(original.hparams)
+    plain = config()
+    assert RunConfig.from_dict(json.loads(json.dumps(plain.as_dict()))) == plain
 
 
 def test_the_config_names_what_the_dataset_was_loaded_with() -> None:
@@ -113,6 +123,47 @@ def test_all_problems_come_in_one_message() -> None:
         "precision must be one of 32, bf16-mixed, got '16'",
         "out_fraction must lie in [0, 1), got 1.0",
     ]
+
+
+SWAD = AverageConfig("swad")
+
+
+@pytest.mark.parametrize(
+    ("average", "needed"),
+    [(None, False), (AverageConfig("sma"), False), (AverageConfig("ema"), False), (SWAD, True)],
+    ids=str,
+)
+def test_only_swad_follows_the_validation_loss(average: AverageConfig | None, needed: bool) -> None:
+    assert config(average=average).needs_validation_loss is needed
+
+
+@pytest.mark.parametrize("changes", [{"select": True}, {"average": SWAD}], ids=str)
+def test_what_validates_needs_out_splits(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^selection and SWAD need out-splits of the training domains: out_fraction must be above 0$",
+    ):
+        config(out_fraction=0.0, **changes)
+    config(**changes)
+
+
+def test_what_does_not_validate_needs_none() -> None:
+    assert config(out_fraction=0.0, average=AverageConfig("sma")).out_fraction == 0
+
+
+def test_swad_and_selection_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"^SWAD chooses .*: select and average='swad' exclude each other$"):
+        config(select=True, average=SWAD)
+    config(select=True, average=AverageConfig("sma"))
+
+
+def test_options_of_the_average_are_in_the_hash() -> None:
+    """Written out or left to their defaults, they are the same options."""
+    assert config(average=AverageConfig("sma")).hash == config(average=AverageConfig("sma", {"start": 100})).hash
+    hashes = {config(average=AverageConfig("sma", {"start": start})).hash for start in (1, 2, 3)}
+    assert len(hashes) == 3
+    other = config(average=AverageConfig("sma", {"start": 3}))
+    assert config(average=AverageConfig("sma")).differences(other) == ["average.options.start: 100 → 3"]
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fishr.algorithms import ERM
-from fishr.data import Samples
+from fishr.data import MultiDomainDataset, Samples
 from fishr.training import evaluate, evaluation
 
 CPU = torch.device("cpu")
@@ -56,6 +56,29 @@ def test_more_samples_than_a_batch(size: int, monkeypatch: pytest.MonkeyPatch) -
     assert metrics.accuracy == at_once.accuracy
     assert metrics.loss == pytest.approx(at_once.loss)
     assert (sum(batches), max(batches), len(batches)) == (size, min(size, 10), math.ceil(size / 10))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 11])
+def test_images_come_in_smaller_batches(
+    size: int, pictures: MultiDomainDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = pictures.domains["lab"].subset(torch.arange(size) * 2)
+    batches = []
+
+    class Watching(nn.Flatten):
+        def forward(self, inputs: Tensor) -> Tensor:
+            assert inputs.dtype == torch.float32
+            batches.append(len(inputs))
+            return super().forward(inputs)
+
+    torch.manual_seed(0)
+    algorithm = ERM(Watching(), nn.Linear(3 * 16 * 16, 2), 2)
+    monkeypatch.setattr(evaluation, "IMAGE_BATCH_SIZE", 4)
+    metrics = evaluate(algorithm, samples, CPU)
+    assert batches == [4] * (size // 4) + [size % 4] * (size % 4 > 0)
+    at_once = evaluate(algorithm, Samples(samples.inputs[:].float() / 255, samples.targets), CPU)
+    assert metrics.accuracy == at_once.accuracy
+    assert metrics.loss == pytest.approx(at_once.loss)
 
 
 def test_the_loss_is_the_algorithms() -> None:

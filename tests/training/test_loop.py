@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,36 +13,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishr.algorithms import ALGORITHMS, ERM, Losses
+from fishr.algorithms import ALGORITHMS, ERM, Algorithm, Losses
 from fishr.data import DomainBatch, MultiDomainDataset, Samples, load_dataset, split_indices
 from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models import FEATURIZERS, ModelConfig, load_model
-from fishr.records import RunRecord
+from fishr.records import Metrics, RunRecord
 from fishr.training import RunConfig, evaluate, loop, train
 from fishr.training.loop import Silent
-from small_runs import CHECKPOINT_EVERY, STEPS, AtStep, Outcome, outcome, registered, run_config, signal_at
+from small_runs import (
+    CHECKPOINT_EVERY,
+    STEPS,
+    AtStep,
+    Outcome,
+    numbered,
+    numbered_config,
+    outcome,
+    picture_config,
+    registered,
+    run_config,
+    signal_at,
+)
 
 CPU = torch.device("cpu")
 
 
-# Numbered samples: every input tells its domain and its place there
-
-
-def numbered(size: int = 10) -> MultiDomainDataset:
-    """Domains "a", "b", "c" (held out) and "extra" (for evaluation only); sample i of domain d is (d, i)."""
-    domains = {}
-    for domain, name in enumerate(("a", "b", "c", "extra")):
-        places = torch.arange(size)
-        inputs = torch.stack([torch.full_like(places, domain), places], 1).float()
-        domains[name] = Samples(inputs, places % 2)
-    return MultiDomainDataset(
-        "numbered", "vectors", domains, ("even", "odd"), "c", evaluation_only=frozenset({"extra"})
-    )
-
-
-def numbered_config(algorithm: str = "erm", **changes: Any) -> RunConfig:
-    settings: dict[str, Any] = {"steps": 30, "checkpoint_every": 10, **changes}
-    return RunConfig.for_dataset(numbered(), algorithm, **settings)
+# What is trained on
 
 
 class Seeing(ERM):
@@ -94,16 +90,38 @@ def test_another_domain_can_be_held_out(seen: list[DomainBatch], tmp_path: Path)
 def test_a_record_for_each_checkpoint_and_the_last_step(tmp_path: Path) -> None:
     result = train(numbered_config(steps=25), numbered(), tmp_path / "run", device="cpu")
     assert [record.step for record in result.records] == [10, 20, 25]
-    for record in result.records:
-        assert {name: set(splits) for name, splits in record.domains.items()} == {
-            name: {"in", "out"} for name in ("a", "b", "c", "extra")
-        }
-        assert record.seconds_per_step > 0
+    assert all(record.seconds_per_step > 0 for record in result.records)
+
+
+def test_a_record_has_the_splits_that_selection_needs(tmp_path: Path) -> None:
+    *early, last = train(numbered_config(steps=25), numbered(), tmp_path / "run", device="cpu").records
+    needed = {"a": ["out"], "b": ["out"], "c": ["in"], "extra": ["in"]}
+    for record in early:
+        assert {name: list(splits) for name, splits in record.domains.items()} == needed
+    # The held-out domain's out-split at the last checkpoint only.
+    assert {name: list(splits) for name, splits in last.domains.items()} == {**needed, "c": ["in", "out"]}
+
+
+def test_splits_are_evaluated_once_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[tuple[int, ...]]] = []
+
+    def watching(algorithm: Algorithm, samples: Samples, device: torch.device) -> Metrics:
+        seen.append({tuple(row) for row in samples.inputs.long().tolist()})
+        return evaluate(algorithm, samples, device)
+
+    monkeypatch.setattr(loop, "evaluate", watching)
+    train(numbered_config(steps=20, trial=1), numbered(), tmp_path / "run", device="cpu")
+    splits = [split_indices(10, 0.2, 1, domain) for domain in range(4)]
+    places = [splits[0][1], splits[1][1], splits[2][0], splits[3][0]]
+    first = [{(domain, place) for place in part.tolist()} for domain, part in enumerate(places)]
+    held_out = {(2, place) for place in splits[2][1].tolist()}
+    assert seen == [*first, *first[:3], held_out, first[3]]
 
 
 def test_without_an_out_split_only_the_in_split_is_recorded(tmp_path: Path) -> None:
     result = train(numbered_config(out_fraction=0.0, steps=1), numbered(), tmp_path / "run", device="cpu")
     assert [set(splits) for splits in result.records[0].domains.values()] == [{"in"}] * 4
+    assert result.kept == result.records[0]
 
 
 def test_the_last_record_is_what_the_saved_model_does(digits: MultiDomainDataset, tmp_path: Path) -> None:
@@ -111,12 +129,16 @@ def test_the_last_record_is_what_the_saved_model_does(digits: MultiDomainDataset
     model = load_model(tmp_path / "run/model")
     as_algorithm = ERM(model.featurizer, model.classifier, 2)
     config = run_config("fishr")
+    compared = []
     for index, (name, samples) in enumerate(digits.domains.items()):
-        for split, indices in zip(
-            ("in", "out"), split_indices(len(samples.targets), 0.2, config.trial, index), strict=True
-        ):
-            part = Samples(samples.inputs[indices], samples.targets[indices])
-            assert evaluate(as_algorithm, part, CPU) == result.records[-1].domains[name][split]
+        splits = dict(zip(("in", "out"), split_indices(len(samples.targets), 0.2, config.trial, index), strict=True))
+        for split, metrics in result.records[-1].domains[name].items():
+            assert evaluate(as_algorithm, samples.subset(splits[split]), CPU) == metrics
+            compared.append((name, split))
+    assert compared == [("+80%", "out"), ("+90%", "out"), ("-90%", "in"), ("-90%", "out"), ("gray", "in")]
+    assert result.kept == result.records[-1]
+    assert model.card.provenance["step"] == STEPS
+    assert model.card.provenance["train_domains"] == ["+80%", "+90%"]
     assert model.card.provenance["config"] == config.as_dict()
     assert model.card.provenance["versions"]["torch"] == version("torch")
     last = result.records[-1].domains
@@ -152,6 +174,30 @@ def test_the_observer_is_told_of_start_steps_and_records(digits: MultiDomainData
     assert told.started == [(run_config("fishr"), 0)]
     assert list(told.steps) == list(range(1, STEPS + 1))
     assert told.records == result.records
+
+
+def test_the_observer_is_told_of_images_as_they_are_decoded(pictures_folder: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Counting(Silent):
+        def on_images(self, done: int, total: int) -> None:
+            told.append((done, total))
+
+    for run in ("first", "second"):
+        dataset = load_dataset(str(pictures_folder), image_size=16, cache_folder=tmp_path / "cache")
+        train(picture_config(dataset), dataset, tmp_path / run, device="cpu", observer=Counting())
+        # The second finds them in the cache.
+        assert (told[-1], told.count((72, 72))) == ((72, 72), 1)
+
+
+def test_a_run_that_is_done_reads_no_image(pictures: MultiDomainDataset, pictures_folder: Path, tmp_path: Path) -> None:
+    first = train(picture_config(pictures), pictures, tmp_path / "run", device="cpu")
+    copy = shutil.copytree(pictures_folder, tmp_path / "pictures")
+    for image in copy.rglob("*.png"):
+        image.write_bytes(bytes(image.stat().st_size))
+    again = load_dataset(str(copy), image_size=16, cache="ram")
+    result = train(picture_config(again), again, tmp_path / "run", device="cpu")
+    assert (result.trained, result.records, result.kept) == (False, first.records, first.kept)
 
 
 def test_recorded_losses_are_means_since_the_last_record(digits: MultiDomainDataset, tmp_path: Path) -> None:
@@ -417,7 +463,7 @@ def test_precision_changes_the_bits(undisturbed: Callable[[str], Outcome]) -> No
 
 def test_it_learns(digits: MultiDomainDataset, tmp_path: Path) -> None:
     """Color tells the label in the training domains and misleads in the one held out: ERM relies on it."""
-    config = run_config(steps=100, model=ModelConfig("mlp"), hparams={"batch_size": None})
+    config = run_config(steps=100, model=ModelConfig("mlp"), hparams={"batch_size": None}, out_fraction=0.0)
     records = train(config, digits, tmp_path / "run", device="cpu").records
     first, last = records[0], records[-1]
     assert last.losses["loss"] < 0.5 * first.losses["loss"]

@@ -4,20 +4,33 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fishr.data import MultiDomainDataset
+from fishr.data import MultiDomainDataset, load_dataset
 from fishr.errors import RunInterruptedError
 from fishr.training import RunConfig, loop, train
 from fishr.training.loop import Silent
-from small_runs import CHECKPOINT_EVERY, RUNS, STEPS, SWITCH_ON, Outcome, outcome, run_config, signal_at
+from small_runs import (
+    CHECKPOINT_EVERY,
+    PICTURE_RUNS,
+    RUNS,
+    STEPS,
+    SWITCH_ON,
+    Outcome,
+    outcome,
+    picture_config,
+    run_config,
+    signal_at,
+)
 
 HERE = Path(__file__).parent
 
@@ -53,7 +66,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder, json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("name", RUNS)
+KILLED_IN_A_ROW = [*RUNS, "pictures-fishr", "pictures-swad", "pictures-select-sma"]
+
+
+@pytest.mark.parametrize("name", KILLED_IN_A_ROW)
 def test_killed_several_times_in_a_row(killed: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, report = killed
     assert report[name]["kills"] == 5
@@ -66,18 +82,24 @@ def test_stopped_from_outside_wherever_it_was(killed: tuple[Path, dict[str, Any]
     assert outcome(folder / "outside" / "killed") == outcome(folder / "outside" / "undisturbed")
 
 
-def test_killed_before_any_change_of_its_folder(killed: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["every-write", "every-write-select"])
+def test_killed_before_any_change_of_its_folder(killed: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, report = killed
-    kills, refused = report["every-write"]["kills"], report["every-write"]["refused"]
+    kills, refused = report[name]["kills"], report[name]["refused"]
     assert kills > 30
-    expected = outcome(folder / "every-write" / "undisturbed")
+    expected = outcome(folder / name / "undisturbed")
     for write in range(1, kills + 1):
         if str(write) not in refused:
-            assert outcome(folder / "every-write" / f"killed-{write}") == expected, f"killed at write {write}"
+            assert outcome(folder / name / f"killed-{write}") == expected, f"killed at write {write}"
 
 
-def test_no_kill_makes_a_folder_useless(killed: tuple[Path, dict[str, Any]]) -> None:
-    assert killed[1]["every-write"]["refused"] == {}
+@pytest.mark.parametrize("name", ["every-write", "every-write-select"])
+def test_no_kill_makes_a_folder_useless(killed: tuple[Path, dict[str, Any]], name: str) -> None:
+    assert killed[1][name]["refused"] == {}
+
+
+def test_every_name_of_a_killed_run_is_looked_at(killed: tuple[Path, dict[str, Any]]) -> None:
+    assert {*KILLED_IN_A_ROW, "every-write", "every-write-select", "outside"} == set(killed[1])
 
 
 def test_nothing_half_written_stays(killed: tuple[Path, dict[str, Any]]) -> None:
@@ -97,6 +119,17 @@ def test_stopped_after_every_step(
         stop_at(run_config(name), digits, tmp_path / "run", step, (signal.SIGTERM, signal.SIGINT)[step % 2])
     assert train(run_config(name), digits, tmp_path / "run", device="cpu").trained
     assert outcome(tmp_path / "run") == undisturbed(name)
+
+
+@pytest.mark.parametrize("name", PICTURE_RUNS)
+def test_runs_on_images_stopped_now_and_then(
+    name: str, pictures: MultiDomainDataset, undisturbed_pictures: Callable[[str], Outcome], tmp_path: Path
+) -> None:
+    config = picture_config(pictures, name)
+    for step in (1, 4, 5, 8, 11):
+        stop_at(config, pictures, tmp_path / "run", step, signal.SIGTERM)
+    assert train(config, pictures, tmp_path / "run", device="cpu").trained
+    assert outcome(tmp_path / "run") == undisturbed_pictures(name)
 
 
 @pytest.mark.parametrize("step", [1, CHECKPOINT_EVERY, CHECKPOINT_EVERY + 1, SWITCH_ON, SWITCH_ON + 1, STEPS - 1])
@@ -177,7 +210,45 @@ def test_called_again_when_done_it_does_nothing(digits: MultiDomainDataset, tmp_
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
 
 
+# What no run on images depends on
+
+
+@pytest.mark.parametrize("cache", ["disk", "ram", "none"])
+def test_where_images_are_kept_does_not_matter(
+    cache: str,
+    pictures: MultiDomainDataset,
+    pictures_folder: Path,
+    undisturbed_pictures: Callable[[str], Outcome],
+    tmp_path: Path,
+) -> None:
+    """Nor where their folder lies."""
+    moved = shutil.copytree(pictures_folder, tmp_path / "elsewhere/pictures")
+    dataset = load_dataset(str(moved), image_size=16, cache=cache, cache_folder=tmp_path / "cache")
+    config = picture_config(dataset, "select-sma")
+    assert config == picture_config(pictures, "select-sma")
+    train(config, dataset, tmp_path / "run", device="cpu")
+    assert outcome(tmp_path / "run") == undisturbed_pictures("select-sma")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_does_not_matter(
+    threads: int,
+    pictures: MultiDomainDataset,
+    undisturbed_pictures: Callable[[str], Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        monkeypatch.setattr("fishr.data.images._threads", lambda: pool)
+        train(picture_config(pictures), pictures, tmp_path / "run", device="cpu")
+    assert outcome(tmp_path / "run") == undisturbed_pictures("plain")
+
+
 # That these tests could see a difference
+
+
+def test_another_run_on_images_has_other_bits(undisturbed_pictures: Callable[[str], Outcome]) -> None:
+    assert len({undisturbed_pictures(name)[0] for name in PICTURE_RUNS}) == len(PICTURE_RUNS)
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"hparams": {"switch_on": SWITCH_ON + 1}}, {"hparams": {"ema": 0.8}}])

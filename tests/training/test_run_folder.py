@@ -113,6 +113,12 @@ def altered(folder: Path, change: dict[str, Any]) -> None:
         ({"hparams": {"speed": 3}}, r"config.json cannot be read \(TypeError: .*'speed'"),
         ({"hparams": {"lr": -1}}, r"config.json names something .*: lr must be above 0, got -1$"),
         ({"unheard_of": 1}, r"config.json cannot be read \(TypeError: .*'unheard_of'"),
+        (
+            {"average": {"name": "swa", "options": {}}},
+            r"config.json names something .*: unknown average 'swa'; did you",
+        ),
+        ({"average": {"name": "ema", "options": {"decay": 2}}}, r"config.json names something .*: decay must lie in"),
+        ({"average": 3}, r"config.json cannot be read \(TypeError: "),
     ],
 )
 def test_a_config_that_means_nothing_here(
@@ -120,6 +126,16 @@ def test_a_config_that_means_nothing_here(
 ) -> None:
     altered(tmp_path / "run", change)
     with pytest.raises(RunError, match=message):
+        train(run_config(), digits, tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"step": 12}', '{"step": 12, "domains": {"a": {"in": 3}}}']
+)
+def test_a_damaged_mark_of_the_end_is_a_run_error(content: str, digits: MultiDomainDataset, tmp_path: Path) -> None:
+    train(run_config(), digits, tmp_path / "run", device="cpu")
+    (tmp_path / "run/DONE").write_text(content)
+    with pytest.raises(RunError, match=rf"^{tmp_path}/run/DONE cannot be read: delete the run's folder to start anew$"):
         train(run_config(), digits, tmp_path / "run", device="cpu")
 
 
@@ -136,7 +152,7 @@ def test_damaged_records_are_a_run_error(digits: MultiDomainDataset, tmp_path: P
     [
         ({"hparams": {"ema": 1.5}}, r"in \[0, 1\), got 1.5"),
         ({"model": ModelConfig("nope")}, "unknown featurizer 'nope'"),
-        ({"test_domains": ("+80%", "+90%")}, "num_domains must be at least 2, got 1"),
+        ({"test_domains": ("+80%", "+90%")}, "Fishr compares domains and needs at least 2 to train on, got 1"),
         ({"hparams": {"variant": "covariance"}}, "takes no moving average"),
     ],
 )
@@ -195,24 +211,30 @@ SENTENCE = (
 )
 
 
+@pytest.mark.parametrize("select", [False, True])
 def test_no_space_at_any_write(
+    select: bool,
     digits: MultiDomainDataset,
-    undisturbed: Callable[[str], Outcome],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings_logged: Callable[[], list[str]],
 ) -> None:
+    # In this trial the second checkpoint is better than the first and as good as the third.
+    config = run_config(select=select, trial=1, checkpoint_every=3, steps=9)
+    train(config, digits, tmp_path / "undisturbed", device="cpu")
+    expected = outcome(tmp_path / "undisturbed")
     disk = FullDisk(monkeypatch)
     made = 2
     for write in range(made + 1, 1000):
         folder = tmp_path / str(write)
-        said = disk.message_when_full_at(write, lambda: train(run_config(), digits, folder, device="cpu"))  # noqa: B023
+        said = disk.message_when_full_at(write, lambda: train(config, digits, folder, device="cpu"))  # noqa: B023
         if said is None:
             break
         assert said == SENTENCE.format(folder), f"write {write}"
         assert list(folder.rglob(".*")) == []
-        train(run_config(), digits, folder, device="cpu")
-        assert outcome(folder) == undisturbed("erm"), f"write {write}"
+        train(config, digits, folder, device="cpu")
+        assert outcome(folder) == expected, f"write {write}"
+        assert list(folder.rglob(".*")) == []
     assert write > 20
     # No checkpoint was found to be damaged: the one before was intact each time.
     assert warnings_logged() == []
@@ -271,3 +293,10 @@ def test_an_error_of_the_observers_own_is_not_the_disks(digits: MultiDomainDatas
 
     with pytest.raises(ZeroDivisionError):
         train(run_config(), digits, tmp_path / "run", device="cpu", observer=AtStep(5, fail))
+
+
+def test_checkpoints_left_by_a_kill_after_the_end_are_removed(digits: MultiDomainDataset, tmp_path: Path) -> None:
+    train(run_config(), digits, tmp_path / "run", device="cpu")
+    (tmp_path / "run/checkpoints/step-00000012").mkdir(parents=True)
+    assert not train(run_config(), digits, tmp_path / "run", device="cpu").trained
+    assert not (tmp_path / "run/checkpoints").exists()

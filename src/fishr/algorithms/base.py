@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
@@ -27,6 +28,7 @@ class AlgorithmConfig:
         weight_decay: L2 term in Adam's gradient.
         batch_size: Samples of each domain in a batch; None for all of them at every step.
         l2: Weight of Σ‖w‖² over all weights and biases, added to the loss (the Colored MNIST protocol).
+        dropout: Probability that a feature is dropped before the head in training.
 
     Raises:
         ConfigError: a value of the wrong type or out of range; all such problems in one message.
@@ -36,6 +38,7 @@ class AlgorithmConfig:
     weight_decay: float = 0.0
     batch_size: int | None = 64
     l2: float = 0.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -65,6 +68,7 @@ class AlgorithmConfig:
                 "lr": LogUniform(1e-5, 10**-3.5),
                 "weight_decay": LogUniform(1e-6, 1e-2),
                 "batch_size": LogUniform(2**3, 2**5.5, integer=True),
+                "dropout": Choice((0.0, 0.1, 0.5)),
             }
         return {
             "lr": LogUniform(10**-4.5, 10**-2.5),
@@ -99,6 +103,8 @@ class AlgorithmConfig:
             for name in ("weight_decay", "l2")
             if getattr(self, name) < 0
         ]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must lie in [0, 1), got {self.dropout}")
         return problems
 
 
@@ -152,10 +158,13 @@ class Algorithm(nn.Module):
 
     Attributes:
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
+        switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     reference: ClassVar[str]
+    min_domains: ClassVar[int] = 1
+    switch_on_step: int = 0
 
     def __init__(
         self,
@@ -171,6 +180,11 @@ class Algorithm(nn.Module):
         config = self.Config() if config is None else config
         if not isinstance(config, self.Config):
             raise ConfigError(f"{type(self).__name__} takes a {self.Config.__name__}, got a {type(config).__name__}")
+        if num_domains < self.min_domains:
+            raise ConfigError(
+                f"{type(self).__name__} compares domains and needs at least {self.min_domains} to train on, got "
+                f"{num_domains}: hold out fewer, or take another algorithm, such as erm"
+            )
         self.featurizer, self.classifier = featurizer, classifier
         self.num_domains, self.config, self.steps = num_domains, config, steps
         if loss is None:
@@ -204,10 +218,10 @@ class Algorithm(nn.Module):
         return self.logits(self.features(inputs))
 
     def features(self, inputs: Tensor) -> Tensor:
-        """What the featurizer returns, ``[sample, feature]``, in the precision of the run."""
+        """What the featurizer returns, ``[sample, feature]``, in the precision of the run, after dropout."""
         with self.autocast():
             features: Tensor = self.featurizer(inputs)
-        return features
+        return F.dropout(features, self.config.dropout, self.training) if self.config.dropout > 0 else features
 
     def logits(self, features: Tensor) -> Tensor:
         """The head, in its own precision: half-precision logits would give rounded residuals."""

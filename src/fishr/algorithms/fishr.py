@@ -59,6 +59,7 @@ class Fishr(PenalizedAlgorithm):
         "Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization, "
         "ICML 2022, arXiv 2109.02934"
     )
+    min_domains = 2
     Config = FishrConfig
     config: FishrConfig
 

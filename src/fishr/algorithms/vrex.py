@@ -44,6 +44,7 @@ class VREx(PenalizedAlgorithm):
     reference = (
         "Krueger and others: Out-of-Distribution Generalization via Risk Extrapolation, ICML 2021, arXiv 2003.00688"
     )
+    min_domains = 2
     Config = VRExConfig
     config: VRExConfig
 

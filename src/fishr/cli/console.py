@@ -75,7 +75,13 @@ class ProgressBar:
 
     def __init__(self, progress: Progress, title: str) -> None:
         self.progress, self.title = progress, title
+        self.images: TaskID | None = None
         self.task: TaskID | None = None
+
+    def on_images(self, done: int, total: int) -> None:
+        if self.images is None:
+            self.images = self.progress.add_task("decoding images", losses="")
+        self.progress.update(self.images, completed=done, total=total)
 
     def on_start(self, config: "RunConfig", step: int) -> None:
         self.task = self.progress.add_task(self.title, total=config.steps, completed=step, losses="")

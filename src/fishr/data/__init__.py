@@ -8,15 +8,17 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
 from fishr.data.colored import colored_digits, colored_mnist, colored_mnist_irm
+from fishr.data.image_dataset import BENCHMARK_DATASETS, image_dataset
 from fishr.data.rotated import rotated_mnist
-from fishr.data.sampling import BatchSampler, split_indices
+from fishr.data.sampling import BatchSampler, split_dataset, split_indices
 from fishr.errors import ConfigError
-from fishr.registry import Registry
+from fishr.registry import Registry, unknown
 
 DatasetFactory = Callable[..., MultiDomainDataset]
 """``(root: Path | None, seed: int, subset: int | None, ...options of its own, by keyword)`` to a dataset."""
@@ -26,34 +28,51 @@ DATASETS.register("colored-digits", colored_digits)
 DATASETS.register("colored-mnist", colored_mnist)
 DATASETS.register("colored-mnist-irm", colored_mnist_irm)
 DATASETS.register("rotated-mnist", rotated_mnist)
+for _name, _factory in BENCHMARK_DATASETS.items():
+    DATASETS.register(_name, _factory)
 
 
 def load_dataset(
-    name: str, *, root: Path | None = None, seed: int = 0, subset: int | None = None, **options: Any
+    name: str,
+    *,
+    root: Path | None = None,
+    seed: int = 0,
+    subset: int | None = None,
+    **options: Any,
 ) -> MultiDomainDataset:
-    """A dataset by its name in :data:`DATASETS`.
+    """A dataset by its name in :data:`DATASETS`, or a user's own images by the path of their folder or manifest.
 
     Args:
-        name: Name of the dataset.
-        root: Data root; default ``$FISHR_DATA``, else ``fishr`` in the user's cache folder.
+        name: Name of the dataset, or a path.
+        root: Data root of datasets with a name; default ``$FISHR_DATA``, else ``fishr`` in the user's cache folder.
         seed: Seed of everything random in the dataset.
-        subset: Keep the first samples of each domain, as many as this; None keeps all.
-        options: Options of that dataset alone.
+        subset: Keep as many samples of each domain as this; None keeps all.
+        options: Options of that dataset alone; those of images are :func:`fishr.data.image_dataset.image_dataset`'s.
 
     Raises:
         ConfigError: a dataset or an option that does not exist, or a value that an option cannot take.
         DataError: the data are damaged, or missing and cannot be downloaded.
     """
-    factory = DATASETS[name]
-    known = [option for option in inspect.signature(factory).parameters if option not in ("root", "seed", "subset")]
-    unknown = [option for option in options if option not in known]
-    if unknown:
+    factory = _factory_of(name, root)
+    parameters = inspect.signature(factory).parameters
+    known = [option for option in parameters if option not in ("seed", "subset")]
+    unknown_options = [option for option in options if option not in known]
+    if unknown_options:
         raise ConfigError(
-            f"dataset {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"dataset {name!r} has no option {', '.join(map(repr, unknown_options))}; "
             f"options it takes: {', '.join(known) or 'none'}"
         )
-    dataset = factory(root=root, seed=seed, subset=subset, **options)
-    return replace(dataset, options={"seed": seed, "subset": subset, **options})
+    dataset = factory(seed=seed, subset=subset, **options)
+    return dataset if dataset.options else replace(dataset, options={"seed": seed, "subset": subset, **options})
+
+
+def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDataset]:
+    if name in DATASETS:
+        return partial(DATASETS[name], root)
+    if name and Path(name).exists():  # an empty path would be the current folder
+        return partial(image_dataset, Path(name))
+    error = unknown("dataset", name, DATASETS)
+    raise ConfigError(f"{error}, and there is no folder or manifest {name}")
 
 
 __all__ = [
@@ -64,5 +83,6 @@ __all__ = [
     "MultiDomainDataset",
     "Samples",
     "load_dataset",
+    "split_dataset",
     "split_indices",
 ]

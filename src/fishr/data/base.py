@@ -1,24 +1,43 @@
 """Data from several domains: the dataset and the batch."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fishr.data.cache import Progress
+from fishr.data.image_format import ImageFormat
+from fishr.data.images import Images
 from fishr.errors import DataError
 from fishr.registry import unknown
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["vectors", "small_images", "images"]
 """What the inputs are; hyperparameter defaults and search spaces depend on it."""
 
 
 class Samples(NamedTuple):
-    """Inputs ``[sample, ...]`` and targets ``[sample]`` of one domain."""
+    """Inputs ``[sample, ...]``, held in memory or read when needed, and targets ``[sample]`` of one domain."""
 
-    inputs: Tensor
+    inputs: Tensor | Images
     targets: Tensor
+
+    def subset(self, indices: Tensor) -> "Samples":
+        """Some of the samples."""
+        inputs = self.inputs.subset(indices) if isinstance(self.inputs, Images) else self.inputs[indices]
+        return Samples(inputs, self.targets[indices])
+
+
+def network_input(inputs: Tensor, device: torch.device) -> Tensor:
+    """Inputs on the device; uint8 images become float32 in [0, 1]."""
+    inputs = inputs.to(device, non_blocking=True)
+    return inputs.float().div_(255) if inputs.dtype == torch.uint8 else inputs
 
 
 @dataclass(frozen=True)
@@ -36,13 +55,9 @@ class DomainBatch:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, parts: list[Samples]) -> "DomainBatch":
+    def of(cls, inputs: list[Tensor], targets: list[Tensor]) -> "DomainBatch":
         """Lay the samples of several domains one after the other."""
-        return cls(
-            torch.cat([part.inputs for part in parts]),
-            torch.cat([part.targets for part in parts]),
-            tuple(len(part.targets) for part in parts),
-        )
+        return cls(torch.cat(inputs), torch.cat(targets), tuple(map(len, targets)))
 
     @property
     def domains(self) -> Tensor:
@@ -50,46 +65,49 @@ class DomainBatch:
         return torch.repeat_interleave(torch.tensor(self.sizes)).to(self.inputs.device)
 
     def to(self, device: torch.device) -> "DomainBatch":
-        return DomainBatch(self.inputs.to(device), self.targets.to(device), self.sizes)
+        """The batch on a device, its inputs as a network takes them."""
+        return DomainBatch(network_input(self.inputs, device), self.targets.to(device), self.sizes)
 
 
 @dataclass(frozen=True)
 class MultiDomainDataset:
-    """Labelled samples from several named domains, held in memory.
+    """Labelled samples from several named domains.
 
     Attributes:
         name: The name it is known by.
         kind: What the inputs are.
-        domains: Name of each domain to its samples, in the customary order; inputs float32 without the sample
-            dimension's size differing between domains, targets int64.
+        domains: Name of each domain to its samples, in the customary order; inputs float32, or :class:`Images`, of the
+            same shape in all domains, targets int64.
         classes: Name of each class.
-        test_domain: The domain customarily held out.
+        test_domain: The domain customarily held out, if there is one.
         binary: Whether two classes are told apart by a single logit.
         evaluation_only: Domains that are never trained on, such as the test images under another coloring.
         options: What it was loaded with; a run's config names the data by name and options.
+        fixed_out: For domains whose split was made by the data's owner: whether a sample lies in the out-split, bool
+            ``[sample]``.
+        groups: For domains with samples that belong together, such as those of a patient: the group of each, int64
+            ``[sample]``, with the same meaning in all domains. A group never lies on both sides of a split.
 
     Raises:
-        DataError: fewer than two domains to train on and hold out, a test domain that is not one of them,
-            an empty domain, inputs and targets of different lengths, targets that are no class, or inputs of
-            different shapes.
+        DataError: no domain, a test domain that cannot be one, an empty domain, inputs and targets of different
+            lengths, targets that are no class, or inputs of different shapes.
     """
 
     name: str
     kind: Kind
     domains: Mapping[str, Samples]
     classes: tuple[str, ...]
-    test_domain: str
+    test_domain: str | None = None
     binary: bool = False
     evaluation_only: frozenset[str] = field(default_factory=frozenset)
     options: Mapping[str, Any] = field(default_factory=dict)
+    fixed_out: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    groups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.trainable_domains) < 2:
-            raise DataError(
-                f"dataset {self.name!r} has {len(self.trainable_domains)} domain to train on or hold out "
-                f"({', '.join(self.trainable_domains)}); at least 2 are needed"
-            )
-        if self.test_domain not in self.trainable_domains:
+        if not self.domains:
+            raise DataError(f"dataset {self.name!r} has no domain")
+        if self.test_domain is not None and self.test_domain not in self.trainable_domains:
             raise DataError(
                 f"the test domain of {self.name!r} must be one of {', '.join(self.trainable_domains)}, "
                 f"got {self.test_domain!r}"
@@ -110,10 +128,24 @@ class MultiDomainDataset:
                     f"expected {list(self.input_shape)} as in the first domain"
                 )
 
+        for kind, columns in (("fixed_out", self.fixed_out), ("groups", self.groups)):
+            for domain, column in columns.items():
+                if domain not in self.domains or len(column) != len(self.domains[domain].targets):
+                    raise DataError(
+                        f"{kind} of {self.name!r} has {len(column)} entries for domain {domain!r}, expected one for "
+                        "each of its samples"
+                    )
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(next(iter(self.domains.values())).inputs.shape[1:])
+
+    @property
+    def image_format(self) -> ImageFormat | None:
+        """What images are brought to, or None if the inputs are no images to be read."""
+        inputs = next(iter(self.domains.values())).inputs
+        return inputs.format if isinstance(inputs, Images) else None
 
     @property
     def num_outputs(self) -> int:
@@ -125,10 +157,35 @@ class MultiDomainDataset:
         """Domains that may be trained on or held out."""
         return tuple(domain for domain in self.domains if domain not in self.evaluation_only)
 
+    def open(self, progress: Progress | None = None) -> None:
+        """Decode images that are not in the cache; without images there is nothing to do.
+
+        Raises:
+            DataError: images that cannot be read, or a cache that cannot be written.
+        """
+        for samples in self.domains.values():
+            if isinstance(samples.inputs, Images):
+                samples.inputs.files.open(progress)
+
     def check_test_domains(self, names: tuple[str, ...]) -> None:
         """Raises ConfigError for a name that is no domain to hold out, DataError if none would be left to train on."""
+        if len(self.trainable_domains) < 2:
+            raise DataError(
+                f"dataset {self.name!r} has 1 domain to train on or hold out ({', '.join(self.trainable_domains)}); "
+                "at least 2 are needed: data from two or more places, cameras or customers"
+            )
         for name in names:
             if name not in self.trainable_domains:
                 raise unknown(f"test domain of {self.name!r}", name, self.trainable_domains)
         if len(self.trainable_domains) - len(set(names)) < 1:
             raise DataError(f"holding out {', '.join(names)} leaves no domain of {self.name!r} to train on")
+        held_out = {group for name in names if name in self.groups for group in self.groups[name].tolist()}
+        train_domains = [name for name in self.trainable_domains if name not in names]
+        trained_on = {g for name in train_domains if name in self.groups for g in self.groups[name].tolist()}
+        if shared := len(held_out & trained_on):
+            logger.warning(
+                "%d groups of %r have samples both in the held-out domain and in training domains: "
+                "accuracy there is not that on unseen groups",
+                shared,
+                self.name,
+            )

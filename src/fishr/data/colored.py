@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fishr.data.base import MultiDomainDataset, Samples
 from fishr.data.mnist import LabeledImages, check_seed_and_subset, mnist_images
@@ -128,13 +129,14 @@ def colored_mnist(root: Path | None = None, seed: int = 0, subset: int | None = 
     domains = {}
     for domain, (name, color_flip) in enumerate(color_flips.items()):
         indices = order[domain :: len(color_flips)][:subset]
-        domains[name] = colored_samples(
+        inputs, targets = colored_samples(
             _in_unit_interval(images[indices], white=255),
             digits[indices],
             label_flip=LABEL_FLIP,
             color_flip=color_flip,
             generator=_generator(seed, 1 + domain),
         )
+        domains[name] = Samples(inputs, targets)
     return MultiDomainDataset("colored-mnist", "small_images", domains, CLASSES, test_domain="-90%")
 
 
@@ -145,7 +147,7 @@ def colored_samples(
     label_flip: float,
     color_flip: float,
     generator: np.random.Generator,
-) -> Samples:
+) -> tuple[Tensor, Tensor]:
     """One domain: noisy labels, and the images in one of two channels.
 
     Sample i uses the i-th pair of the generator's numbers, so the first samples do not depend on how many follow.
@@ -165,7 +167,7 @@ def colored_samples(
     colors = labels ^ flips[:, 1]
     inputs = np.zeros((len(images), 2, *images.shape[1:]), np.float32)
     inputs[np.arange(len(images)), colors.astype(np.int64)] = images
-    return Samples(torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64)))
+    return torch.from_numpy(inputs), torch.from_numpy(labels.astype(np.int64))
 
 
 def one_pixel_shifts(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

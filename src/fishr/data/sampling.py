@@ -1,14 +1,78 @@
 """Splits and batches as functions of their seeds alone: a continued run sees what an unbroken one would have seen."""
 
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fishr.data.base import DomainBatch, Samples
-from fishr.errors import ConfigError
+from fishr.data.augmentation import NUM_DRAWS
+from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
+from fishr.data.images import Images
+from fishr.errors import ConfigError, DataError
 
-_SPLIT, _BATCH = 0x5917, 0xBA7C
-"""Second word of the seeds, so that splits and batches never share a stream of random numbers."""
+_SPLIT, _BATCH, _AUGMENT = 0x5917, 0xBA7C, 0xA06E
+"""Second word of the seeds, so that splits, batches and transforms never share a stream of random numbers."""
+
+
+def split_dataset(dataset: MultiDomainDataset, out_fraction: float, trial: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """In-split and out-split of every domain.
+
+    A split fixed by the data's owner stays as it is. Domains with groups are split by :func:`split_groups`, all others
+    by :func:`split_indices`.
+
+    Args:
+        dataset: The data.
+        out_fraction: Share of the out-split, in [0, 1); 0 leaves it empty.
+        trial: Seed of the splits.
+
+    Returns:
+        For each domain the sorted indices of its in-split and of its out-split.
+
+    Raises:
+        ConfigError: a share outside [0, 1).
+        DataError: a domain with too few samples or groups for an out-split.
+    """
+    splits = {}
+    by_group = split_groups(dataset.groups, out_fraction, trial)
+    for index, (name, samples) in enumerate(dataset.domains.items()):
+        size = len(samples.targets)
+        if out_fraction > 0 and name in dataset.fixed_out:
+            out = dataset.fixed_out[name]
+        elif name in by_group:
+            out = by_group[name]
+        else:
+            splits[name] = split_indices(size, out_fraction, trial, index)
+            if out_fraction > 0 and len(splits[name][1]) == 0:
+                raise DataError(
+                    f"domain {name!r} has {size} samples, too few for an out-split of {out_fraction:.0%}: "
+                    "use more of its samples, or out_fraction=0"
+                )
+            continue
+        splits[name] = torch.from_numpy(np.flatnonzero(~out)), torch.from_numpy(np.flatnonzero(out))
+        if out_fraction > 0 and min(map(len, splits[name])) == 0:
+            raise DataError(
+                f"domain {name!r} has nothing in its {'in' if out.all() else 'out'}-split: its {size} samples "
+                "need both splits, or more groups than one"
+            )
+    if out_fraction > 0:
+        _check_groups(dataset, splits)
+    return splits
+
+
+def _check_groups(dataset: MultiDomainDataset, splits: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raises DataError for groups that a fixed split puts on both sides."""
+    inside, outside = (
+        {group for name, of_domain in dataset.groups.items() for group in of_domain[splits[name][side]].tolist()}
+        for side in (0, 1)
+    )
+    if torn := len(inside & outside):
+        raise DataError(
+            f"the split of {dataset.name!r} puts {torn} of {len(inside | outside)} groups on both sides: give all "
+            "samples of a group the same split, or leave the split out"
+        )
 
 
 def split_indices(size: int, out_fraction: float, trial: int, domain: int) -> tuple[Tensor, Tensor]:
@@ -29,39 +93,126 @@ def split_indices(size: int, out_fraction: float, trial: int, domain: int) -> tu
     >>> [len(part) for part in split_indices(10, 0.2, trial=0, domain=1)]
     [8, 2]
     """
-    if not 0 <= out_fraction < 1:
-        raise ConfigError(f"the share of the out-split must lie in [0, 1), got {out_fraction}")
+    _check_fraction(out_fraction)
     out_size = int(size * out_fraction)
     order = np.random.default_rng((trial, _SPLIT, domain)).permutation(size)
     return torch.from_numpy(np.sort(order[out_size:])), torch.from_numpy(np.sort(order[:out_size]))
 
 
+def split_groups(
+    groups: Mapping[str, NDArray[np.int64]], out_fraction: float, trial: int
+) -> dict[str, NDArray[np.bool_]]:
+    """A split that keeps each group together, in all domains where it has samples.
+
+    Groups are taken in an order that depends on the trial. One goes to the out-split if that brings the out-split of
+    none of its domains further from its share than leaving it out. A domain that would have none there gives its
+    smallest one.
+
+    Args:
+        groups: For each domain the group of each sample, int64 ``[sample]``.
+        out_fraction: Share of the out-split, in [0, 1).
+        trial: Seed of the split.
+
+    Returns:
+        For each domain whether a sample lies in the out-split, bool ``[sample]``.
+
+    Raises:
+        ConfigError: a share outside [0, 1).
+    """
+    _check_fraction(out_fraction)
+    if not groups:
+        return {}
+    names, codes = np.unique(np.concatenate(list(groups.values())), return_inverse=True)
+    members = np.split(codes, np.cumsum([len(of_domain) for of_domain in groups.values()])[:-1])
+    counts = np.stack([np.bincount(of_domain, minlength=len(names)) for of_domain in members], axis=1)
+    missing = out_fraction * counts.sum(axis=0)
+    out = np.zeros(len(names), dtype=bool)
+    for group in np.random.default_rng((trial, _SPLIT)).permutation(len(names)):
+        touched = counts[group] > 0
+        if np.all(counts[group][touched] <= 2 * missing[touched]):
+            out[group] = True
+            missing -= counts[group]
+    for of_domain in members:
+        of_domain = np.unique(of_domain)
+        if out_fraction > 0 and len(of_domain) > 1 and not out[of_domain].any():
+            out[of_domain[counts[of_domain].sum(axis=1).argmin()]] = True
+    return {name: out[of_domain] for name, of_domain in zip(groups, members, strict=True)}
+
+
 class BatchSampler:
     """Batches for training: from every domain ``batch_size`` samples, drawn with replacement.
 
-    The batch of a step is a function of (seed, domain, step). Without a batch size every batch is the whole of all
-    domains.
+    The batch of a step, transforms of images included, is a function of (seed, domain, step). Without a batch size
+    every batch is the whole of all domains. The images of the next step are read while the current one is used.
 
     Args:
         domains: The samples to train on, one entry for each training domain.
         batch_size: Samples of each domain in a batch; None for all.
         seed: Seed of the draws.
+        class_balanced: Draw the class first, each that the domain has as likely, then a sample of it.
+
+    Raises:
+        ConfigError: a batch size below 1, or none where classes are to be balanced.
     """
 
-    def __init__(self, domains: list[Samples], batch_size: int | None, seed: int) -> None:
+    def __init__(
+        self, domains: list[Samples], batch_size: int | None, seed: int, *, class_balanced: bool = False
+    ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is None and (class_balanced or any(isinstance(samples.inputs, Images) for samples in domains)):
+            raise ConfigError("batch_size must be a number for images and for class-balanced batches, got null")
         self.domains, self.batch_size, self.seed = domains, batch_size, seed
-        self._everything = DomainBatch.of(domains) if batch_size is None else None
+        self._members = [_members_of_classes(samples.targets) if class_balanced else None for samples in domains]
+        self._everything = self._whole() if batch_size is None else None
+        self._ahead: tuple[int, Future[DomainBatch]] | None = None
+        self._reads_ahead = any(isinstance(samples.inputs, Images) for samples in domains)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fishr-batches")
 
     def batch(self, step: int) -> DomainBatch:
+        """The batch of a step."""
         if self._everything is not None:
             return self._everything
-        parts = []
+        if not self._reads_ahead:
+            return self._make(step)
+        ready = self._ahead
+        future = ready[1] if ready is not None and ready[0] == step else self._thread.submit(self._make, step)
+        self._ahead = step + 1, self._thread.submit(self._make, step + 1)
+        return future.result()
+
+    def _whole(self) -> DomainBatch:
+        inputs = [samples.inputs for samples in self.domains if isinstance(samples.inputs, Tensor)]
+        return DomainBatch.of(inputs, [samples.targets for samples in self.domains])
+
+    def _make(self, step: int) -> DomainBatch:
+        inputs, targets = [], []
         for domain, samples in enumerate(self.domains):
-            draw = np.random.default_rng((self.seed, _BATCH, domain, step)).integers(
-                len(samples.targets), size=self.batch_size
-            )
-            indices = torch.from_numpy(draw)
-            parts.append(Samples(samples.inputs[indices], samples.targets[indices]))
-        return DomainBatch.of(parts)
+            indices = self._draw(domain, step)
+            targets.append(samples.targets[indices])
+            if isinstance(samples.inputs, Images):
+                generator = np.random.default_rng((self.seed, _AUGMENT, domain, step))
+                inputs.append(samples.inputs.augmented(indices, generator.random((len(indices), NUM_DRAWS))))
+            else:
+                inputs.append(samples.inputs[indices])
+        return DomainBatch.of(inputs, targets)
+
+    def _draw(self, domain: int, step: int) -> Tensor:
+        generator = np.random.default_rng((self.seed, _BATCH, domain, step))
+        members = self._members[domain]
+        if members is None:
+            return torch.from_numpy(generator.integers(len(self.domains[domain].targets), size=self.batch_size))
+        chosen = []
+        # One number for each sample: its whole part is the class, the rest tells which of the class.
+        for draw in len(members) * generator.random(self.batch_size):
+            of_class = members[int(draw)]
+            chosen.append(of_class[int(draw % 1 * len(of_class))])
+        return torch.tensor(chosen)
+
+
+def _members_of_classes(targets: Tensor) -> list[NDArray[np.int64]]:
+    return [np.flatnonzero(targets.numpy() == label) for label in np.unique(targets.numpy())]
+
+
+def _check_fraction(out_fraction: float) -> None:
+    if not 0 <= out_fraction < 1:
+        raise ConfigError(f"the share of the out-split must lie in [0, 1), got {out_fraction}")

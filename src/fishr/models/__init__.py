@@ -1,13 +1,18 @@
 """Networks: a featurizer and a linear head, built from a config, saved and loaded safely."""
 
-from fishr.models.build import FEATURIZERS, ModelConfig, build_model, default_model
-from fishr.models.saved import ModelCard, SavedModel, load_model, save_model
+from fishr.models.backbone import Backbone, backbone_config
+from fishr.models.build import DEFAULT_BACKBONE, FEATURIZERS, ModelConfig, build_model, default_model
+from fishr.models.card import ModelCard
+from fishr.models.saved import SavedModel, load_model, save_model
 
 __all__ = [
+    "DEFAULT_BACKBONE",
     "FEATURIZERS",
+    "Backbone",
     "ModelCard",
     "ModelConfig",
     "SavedModel",
+    "backbone_config",
     "build_model",
     "default_model",
     "load_model",

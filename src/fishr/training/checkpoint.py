@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fishr.errors import RunError
@@ -43,11 +43,18 @@ class Progress:
     steps_in_sums: int
 
 
+class Stateful(Protocol):
+    """Something whose state is named tensors, such as a module."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> object: ...
+
+
 def save_checkpoint(
-    folder: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer], progress: Progress
+    folder: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer], progress: Progress
 ) -> None:
     """Write ``folder/step-N`` and remove all but the last checkpoints."""
-    tensors = {f"algorithm/{name}": value for name, value in algorithm.state_dict().items()}
+    tensors = {f"{part}/{name}": value for part, owner in parts.items() for name, value in owner.state_dict().items()}
     settings: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
@@ -67,14 +74,17 @@ def save_checkpoint(
     }
     with new_folder(folder / f"step-{progress.step:08d}") as aside:
         # Clones: safetensors refuses tensors that share memory.
-        save_file({name: value.detach().cpu().clone() for name, value in tensors.items()}, aside / TENSORS)
+        clones = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        save_file(clones, aside / TENSORS)
         (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         (aside / CHECKSUMS).write_text(_checksums(aside), encoding="utf-8")
     for stale in list(_newest_first(folder))[KEPT:]:
         shutil.rmtree(stale)
 
 
-def restore_checkpoint(folder: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer]) -> Progress | None:
+def restore_checkpoint(
+    folder: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]
+) -> Progress | None:
     """Load the newest checkpoint that is whole; damaged ones are removed with a warning.
 
     Returns:
@@ -92,7 +102,7 @@ def restore_checkpoint(folder: Path, algorithm: nn.Module, optimizers: Mapping[s
             logger.warning("checkpoint %s is damaged; continuing from %s", ", ".join(damaged), path.name)
             for name in damaged:
                 shutil.rmtree(folder / name)
-        return _load(path, algorithm, optimizers)
+        return _load(path, parts, optimizers)
     if damaged:
         raise RunError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete the run's folder to start anew"
@@ -105,12 +115,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(_newest_first(folder), None)
 
 
-def _load(path: Path, algorithm: nn.Module, optimizers: Mapping[str, Optimizer]) -> Progress:
+def _load(path: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]) -> Progress:
     tensors = load_file(path / TENSORS)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    algorithm.load_state_dict(
-        {name.removeprefix("algorithm/"): value for name, value in tensors.items() if name.startswith("algorithm/")}
-    )
+    for part, owner in parts.items():
+        prefix = f"{part}/"
+        owner.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        )
     for name, optimizer in optimizers.items():
         settings = state["optimizers"][name]
         per_parameter: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in settings["scalars"].items()}

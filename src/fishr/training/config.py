@@ -11,6 +11,7 @@ from fishr.algorithms.base import AlgorithmConfig
 from fishr.data.base import MultiDomainDataset
 from fishr.errors import ConfigError
 from fishr.models.build import ModelConfig, default_model
+from fishr.training.averaging import AVERAGES, AverageConfig
 
 Precision = Literal["32", "bf16-mixed"]
 
@@ -32,6 +33,10 @@ class RunConfig:
         trial: Seed of the splits.
         out_fraction: Share of each domain in its out-split; 0 trains on all.
         precision: ``"32"``, or ``"bf16-mixed"``: the featurizer in bfloat16, everything from the head on in float32.
+        average: How weights are averaged over steps; None keeps the plain ones.
+        select: Keep the weights of the checkpoint with the best mean accuracy on the out-splits of the training
+            domains, among those after the switch-on step (the first of equals), instead of the last.
+        class_balanced: Draw the class of a training sample first, each as likely.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -49,6 +54,9 @@ class RunConfig:
     trial: int = 0
     out_fraction: float = 0.2
     precision: Precision = "32"
+    average: AverageConfig | None = None
+    select: bool = False
+    class_balanced: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -69,6 +77,13 @@ class RunConfig:
             problems.append(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if not 0 <= self.out_fraction < 1:
             problems.append(f"out_fraction must lie in [0, 1), got {self.out_fraction}")
+        validates = self.select or self.needs_validation_loss
+        if validates and self.out_fraction == 0:
+            problems.append("selection and SWAD need out-splits of the training domains: out_fraction must be above 0")
+        if self.select and self.needs_validation_loss:
+            problems.append(
+                "SWAD chooses what it averages by validation itself: select and average='swad' exclude each other"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -91,19 +106,20 @@ class RunConfig:
             dataset: The data.
             algorithm: Name of the algorithm.
             steps: Updates to make.
-            test_domains: Default: the dataset's customary one.
+            test_domains: Default: the dataset's customary one, if it has one.
             hparams: Changes to the algorithm's defaults for the kind of data.
             model: Default: the customary network for the kind of data.
             checkpoint_every: Default: ten checkpoints in the run.
             rest: Other fields.
         """
+        customary = () if dataset.test_domain is None else (dataset.test_domain,)
         return cls(
             data=dataset.name,
             data_options=dict(dataset.options),
-            test_domains=(dataset.test_domain,) if test_domains is None else test_domains,
+            test_domains=customary if test_domains is None else test_domains,
             algorithm=algorithm,
             hparams=ALGORITHMS[algorithm].Config.default(dataset.kind).updated(hparams or {}),
-            model=default_model(dataset.kind) if model is None else model,
+            model=default_model(dataset.kind, dataset.input_shape) if model is None else model,
             steps=steps,
             checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
             **rest,
@@ -123,8 +139,14 @@ class RunConfig:
                 "test_domains": tuple(content["test_domains"]),
                 "hparams": ALGORITHMS[content["algorithm"]].Config(**content["hparams"]),
                 "model": ModelConfig(**content["model"]),
+                "average": None if content["average"] is None else AverageConfig(**content["average"]),
             }
         )
+
+    @property
+    def needs_validation_loss(self) -> bool:
+        """Whether the averaging of weights follows the loss on the out-splits of the training domains."""
+        return self.average is not None and AVERAGES[self.average.name].needs_validation
 
     @property
     def hash(self) -> str:

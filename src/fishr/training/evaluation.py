@@ -3,10 +3,11 @@
 import torch
 
 from fishr.algorithms.base import Algorithm
-from fishr.data.base import Samples
+from fishr.data.base import Samples, network_input
+from fishr.data.images import Images
 from fishr.records import Metrics
 
-BATCH_SIZE = 1024
+BATCH_SIZE, IMAGE_BATCH_SIZE = 1024, 64
 
 
 @torch.no_grad()
@@ -15,11 +16,11 @@ def evaluate(algorithm: Algorithm, samples: Samples, device: torch.device) -> Me
     modes = {module: module.training for module in algorithm.modules()}
     algorithm.eval()
     correct, loss_sum = 0.0, 0.0
-    for inputs, targets in zip(
-        torch.split(samples.inputs, BATCH_SIZE), torch.split(samples.targets, BATCH_SIZE), strict=True
-    ):
-        on_device = targets.to(device)
-        logits = algorithm(inputs.to(device))
+    size = IMAGE_BATCH_SIZE if isinstance(samples.inputs, Images) else BATCH_SIZE
+    for start in range(0, len(samples.targets), size):
+        batch = slice(start, start + size)
+        on_device = samples.targets[batch].to(device)
+        logits = algorithm(network_input(samples.inputs[batch], device))
         predictions = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
         correct += (predictions == on_device).sum().item()
         loss_sum += algorithm.sample_losses(logits, on_device).sum().item()

@@ -2,28 +2,35 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.base import Algorithm, Losses
 from fishr.data.base import MultiDomainDataset, Samples
-from fishr.data.sampling import BatchSampler, split_indices
-from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunError, RunInterruptedError
+from fishr.data.sampling import BatchSampler, split_dataset
+from fishr.devices import torch_device
+from fishr.errors import ConfigError, NonFiniteLossError, RunError, RunInterruptedError
+from fishr.models.backbone import load_initial_weights
 from fishr.models.build import build_model
-from fishr.models.saved import ModelCard, SavedModel
+from fishr.models.card import ModelCard
+from fishr.models.saved import SavedModel
 from fishr.records import Metrics, RunRecord, Split
-from fishr.registry import unknown
-from fishr.training.checkpoint import Progress, newest_checkpoint, restore_checkpoint, save_checkpoint
+from fishr.training.averaging import make_average
+from fishr.training.best import BestWeights
+from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, restore_checkpoint, save_checkpoint
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.run_folder import RunFolder
@@ -42,6 +49,9 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 class Observer(Protocol):
     """Somebody who watches a run, such as a progress bar."""
 
+    def on_images(self, done: int, total: int) -> None:
+        """So many of the images are decoded; not called when all are in the cache."""
+
     def on_start(self, config: RunConfig, step: int) -> None:
         """The run begins, or continues after ``step`` updates."""
 
@@ -55,6 +65,7 @@ class Observer(Protocol):
 class Silent:
     """An observer that does nothing."""
 
+    def on_images(self, done: int, total: int) -> None: ...
     def on_start(self, config: RunConfig, step: int) -> None: ...
     def on_step(self, step: int, losses: Mapping[str, float]) -> None: ...
     def on_record(self, record: RunRecord) -> None: ...
@@ -67,11 +78,13 @@ class RunResult:
     Attributes:
         folder: Where it lies.
         records: Its records, oldest first.
+        kept: The record of the model that was kept.
         trained: Whether this call trained; False if the run was done already.
     """
 
     folder: Path
     records: list[RunRecord]
+    kept: RunRecord
     trained: bool
 
 
@@ -80,15 +93,21 @@ def train(
     dataset: MultiDomainDataset,
     output: Path | str,
     *,
+    weights: Path | None = None,
     device: str = "auto",
     observer: Observer | None = None,
 ) -> RunResult:
     """Run one training, or continue it where it was cut.
 
+    At each checkpoint those splits are evaluated that model selection needs: the out-split of each training domain (the
+    in-split where there is no out-split), the in-split of all others, and at the last checkpoint the out-split of the
+    held-out domains too.
+
     Args:
         config: The run.
         dataset: The data that the config names.
         output: Folder of the run.
+        weights: File with the featurizer's initial weights, where the config names one by its digest.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         observer: Is told of steps and records.
 
@@ -107,18 +126,19 @@ def train(
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
+            folder.remove_checkpoints()
             records = folder.records()
             if not records:
                 raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
-            return RunResult(output, records, trained=False)
+            return RunResult(output, records, folder.kept(), trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            _Run(config, dataset, folder, fabric, observer or Silent()).finish()
+            _Run(config, dataset, folder, fabric, observer or Silent(), weights).finish()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
         ) from error
-    return RunResult(output, folder.records(), trained=True)
+    return RunResult(output, folder.records(), folder.kept(), trained=True)
 
 
 class _Run:
@@ -131,23 +151,33 @@ class _Run:
         folder: RunFolder,
         fabric: Fabric,
         observer: Observer,
+        weights: Path | None,
     ) -> None:
         self.config, self.dataset, self.folder, self.fabric, self.observer = config, dataset, folder, fabric, observer
         self.splits = _split_all(dataset, config)
-        train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
-        in_splits = [self.splits[name]["in"] for name in train_domains]
-        self.sampler = BatchSampler(in_splits, config.hparams.batch_size, config.seed)
+        self.train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
+        in_splits = [self.splits[name]["in"] for name in self.train_domains]
+        self.sampler = BatchSampler(
+            in_splits, config.hparams.batch_size, config.seed, class_balanced=config.class_balanced
+        )
 
         _seed_torch(config.seed, _INIT)
         featurizer, classifier = build_model(config.model, dataset.input_shape, dataset.num_outputs)
+        if config.model.weights is not None and newest_checkpoint(folder.checkpoints) is None:
+            load_initial_weights(featurizer, config.model.weights, weights)
         self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
-            featurizer, classifier, len(train_domains), config.hparams, steps=config.steps
+            featurizer, classifier, len(self.train_domains), config.hparams, steps=config.steps
         ).to(fabric.device)
         self.algorithm.autocast = fabric.autocast
+        self.network = nn.ModuleDict({"featurizer": self.algorithm.featurizer, "classifier": self.algorithm.classifier})
+        self.average = None if config.average is None else make_average(config.average)
+        self.best = BestWeights()
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
 
+        # Whatever may be wrong with the settings was found before: decoding can take long.
+        dataset.open(observer.on_images)
         folder.create()
-        progress = restore_checkpoint(folder.checkpoints, self.algorithm, self.optimizers)
+        progress = restore_checkpoint(folder.checkpoints, self._stateful(), self.optimizers)
         self.step = 0 if progress is None else progress.step
         self.monitor = _LossMonitor(folder, looks_every=1 if fabric.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
         if progress is not None:
@@ -165,6 +195,8 @@ class _Run:
                 batch = self.sampler.batch(self.step).to(self.fabric.device)
                 losses = self.algorithm.training_step(batch, self.step, self.optimizers)
                 self.step += 1
+                if self.average is not None:
+                    self.average.update(self.network.state_dict(), self.step)
                 timed_steps += 1
                 self.monitor.add(self.step, losses)
                 self.observer.on_step(self.step, self.monitor.last)
@@ -182,40 +214,116 @@ class _Run:
                         "run the same command again to continue",
                         signal_number,
                     )
-            self.folder.finish(self._saved_model())
+            self._keep_model()
             if stop.signal_number is not None:
                 raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
 
     def _record(self, seconds_per_step: float) -> None:
-        domains: dict[str, dict[Split, Metrics]] = {
-            name: {split: evaluate(self.algorithm, samples, self.fabric.device) for split, samples in splits.items()}
-            for name, splits in self.splits.items()
-        }
-        for name, splits in domains.items():
-            for split, metrics in splits.items():
-                if not np.isfinite(metrics.loss):
-                    raise self.monitor.error(self.step, [f"the loss on the {split}-split of {name} is {metrics.loss}"])
-        record = RunRecord(self.step, self.monitor.take_means(), domains, seconds_per_step)
+        """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
+        earlier = self.folder.records()
+        with self._weights(self._recorded_average()):
+            record = RunRecord(self.step, self.monitor.take_means(), self._evaluate(), seconds_per_step)
+            if self.config.select and self._is_best(record, earlier):
+                self.best.keep(self.network.state_dict(), self.step)
+        if self.average is not None:
+            loss = self._validation(record, "loss") if self.config.needs_validation_loss else None
+            self.average.at_checkpoint(loss)
         self.folder.append(record)
         self.observer.on_record(record)
+
+    def _recorded_average(self) -> dict[str, Tensor] | None:
+        """What a record is about; None: the plain weights, whose validation loss SWAD follows."""
+        if self.average is None or self.config.needs_validation_loss:
+            return None
+        return self.average.current()
+
+    def _evaluate(self) -> dict[str, dict[Split, Metrics]]:
+        domains: dict[str, dict[Split, Metrics]] = {}
+        for name, splits in self.splits.items():
+            domains[name] = {}
+            for split in self._splits_needed(name):
+                metrics = evaluate(self.algorithm, splits[split], self.fabric.device)
+                if not np.isfinite(metrics.loss):
+                    raise self.monitor.error(self.step, [f"the loss on the {split}-split of {name} is {metrics.loss}"])
+                domains[name][split] = metrics
+        return domains
+
+    def _splits_needed(self, domain: str) -> tuple[Split, ...]:
+        if "out" not in self.splits[domain]:
+            return ("in",)
+        if domain in self.train_domains:
+            return ("out",)
+        return ("in", "out") if domain in self.config.test_domains and self.step == self.config.steps else ("in",)
+
+    def _validation(self, record: RunRecord, name: Literal["accuracy", "loss"]) -> float:
+        """Mean over the out-splits of the training domains."""
+        return fmean(getattr(record.domains[domain]["out"], name) for domain in self.train_domains)
+
+    def _is_best(self, record: RunRecord, earlier: list[RunRecord]) -> bool:
+        """Whether a checkpoint is to be kept: the first of the best after the switch-on, or the last in want of one."""
+        if not self._is_eligible(record):
+            return record.step == self.config.steps
+        rivals = [self._validation(rival, "accuracy") for rival in earlier if self._is_eligible(rival)]
+        return self._validation(record, "accuracy") > max(rivals, default=-1.0)
+
+    def _is_eligible(self, record: RunRecord) -> bool:
+        return record.step > self.algorithm.switch_on_step
+
+    def _keep_model(self) -> None:
+        """Write the model that is kept, and its record as the run's outcome."""
+        records = self.folder.records()
+        if self.config.select:
+            record = next(record for record in records if record.step == self.best.step)
+            weights: Mapping[str, Tensor] | None = self.best.weights
+        else:
+            record = records[-1]
+            weights = None if self.average is None else self.average.final()
+        with self._weights(weights):
+            if weights is not None and self.config.needs_validation_loss:
+                # Its records are those of the plain weights.
+                record = replace(record, losses={}, domains=self._evaluate())
+            self.folder.finish(self._saved_model(record), record)
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """The network with other weights inside the block; None leaves its own."""
+        if weights is None:
+            yield
+            return
+        own = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(weights)
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(own)
 
     def _save(self) -> None:
         self.monitor.look()
         progress = Progress(self.step, self.monitor.sums, self.monitor.count)
-        save_checkpoint(self.folder.checkpoints, self.algorithm, self.optimizers, progress)
+        save_checkpoint(self.folder.checkpoints, self._stateful(), self.optimizers, progress)
 
-    def _saved_model(self) -> SavedModel:
-        last = self.folder.records()[-1]
+    def _stateful(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful] = {"algorithm": self.algorithm, "best": self.best}
+        return parts if self.average is None else {**parts, "average": self.average}
+
+    def _saved_model(self, record: RunRecord) -> SavedModel:
         provenance: dict[str, Any] = {
             "config": self.config.as_dict(),
+            "step": record.step,
+            "train_domains": self.train_domains,
             "accuracy": {
                 domain: {split: metrics.accuracy for split, metrics in splits.items()}
-                for domain, splits in last.domains.items()
+                for domain, splits in record.domains.items()
             },
-            "versions": {name: version(name) for name in ("fishr", "torch")},
+            "versions": {name: version(name) for name in ("fishr", "torch", "timm")},
         }
         card = ModelCard(
-            self.config.model, self.dataset.input_shape, self.dataset.classes, self.dataset.binary, provenance
+            self.config.model,
+            self.dataset.input_shape,
+            self.dataset.classes,
+            self.dataset.binary,
+            provenance,
+            self.dataset.image_format,
         )
         return SavedModel(self.algorithm.featurizer, self.algorithm.classifier, card)
 
@@ -263,31 +371,19 @@ class _LossMonitor:
 
 
 def _fabric(device: str, config: RunConfig) -> Fabric:
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if device not in available:
-        raise unknown("device", device, available)
-    if not available[device]:
-        raise ConfigError(f"device {device!r} is not available here: torch finds none; use 'auto' or 'cpu'")
-    return Fabric(accelerator=device, devices=1, precision="32-true" if config.precision == "32" else config.precision)
+    precision = "32-true" if config.precision == "32" else config.precision
+    return Fabric(accelerator=torch_device(device).type, devices=1, precision=precision)
 
 
 def _split_all(dataset: MultiDomainDataset, config: RunConfig) -> dict[str, dict[Split, Samples]]:
     """In- and out-split of every domain; a domain without an out-split has only ``"in"``."""
     all_splits: dict[str, dict[Split, Samples]] = {}
-    for index, (name, samples) in enumerate(dataset.domains.items()):
-        in_indices, out_indices = split_indices(len(samples.targets), config.out_fraction, config.trial, index)
-        if len(out_indices) == 0:
-            if config.out_fraction > 0:
-                raise DataError(
-                    f"domain {name!r} has {len(samples.targets)} samples, too few for an out-split of "
-                    f"{config.out_fraction:.0%}: use more of its samples, or out_fraction=0"
-                )
+    for name, (inside, outside) in split_dataset(dataset, config.out_fraction, config.trial).items():
+        samples = dataset.domains[name]
+        if len(outside) == 0:
             all_splits[name] = {"in": samples}
         else:
-            all_splits[name] = {
-                "in": Samples(samples.inputs[in_indices], samples.targets[in_indices]),
-                "out": Samples(samples.inputs[out_indices], samples.targets[out_indices]),
-            }
+            all_splits[name] = {"in": samples.subset(inside), "out": samples.subset(outside)}
     return all_splits
 
 

@@ -17,6 +17,8 @@ FORMAT = 1
 class RunFolder:
     """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/``, ``DONE``.
 
+    ``DONE`` holds the record of the model kept.
+
     Args:
         path: The folder; :meth:`create` makes it when it is not there.
         config: The run. A folder that holds another run is refused.
@@ -51,7 +53,18 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        return (self.path / "DONE").exists()
+        return self._done.exists()
+
+    @property
+    def _done(self) -> Path:
+        return self.path / "DONE"
+
+    def kept(self) -> RunRecord:
+        """The record of the model that was kept."""
+        try:
+            return RunRecord.from_json(self._done.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{self._done} cannot be read: delete the run's folder to start anew") from None
 
     def records(self) -> list[RunRecord]:
         try:
@@ -70,12 +83,16 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, model: SavedModel) -> None:
+    def finish(self, model: SavedModel, record: RunRecord) -> None:
         """Write the model and mark the run as done; its checkpoints are of no more use."""
         with new_folder(self.model) as aside:
             save_model(aside, model)
-        write_text(self.path / "DONE", "")
-        shutil.rmtree(self.checkpoints)
+        write_text(self._done, record.to_json() + "\n")
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        if self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
 
 
 def _is_leftover(path: Path) -> bool:
