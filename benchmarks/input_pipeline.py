@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,11 +142,11 @@ def decode(path: Path) -> None:
 
 
 def measure_building(paths: Sequence[Path], *, size: int, repeats: int) -> dict[str, Any]:
-    folders = _new_folders()
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    folders = map(str, itertools.count())
+    with multiprocessing.get_context("spawn").Pool() as pool, tempfile.TemporaryDirectory() as place:
         jobs: dict[str, Callable[[], object]] = {
             "decode": partial(pool.map, decode, paths, chunksize=32),
-            "build": lambda: store_images(paths, ImageFormat(size), "disk", next(folders)),
+            "build": lambda: store_images(paths, ImageFormat(size), "disk", Path(place, next(folders))),
         }
         seconds = common.time_alternating(jobs, repeats=repeats, warm_up=1)
     return {
@@ -156,12 +156,6 @@ def measure_building(paths: Sequence[Path], *, size: int, repeats: int) -> dict[
         }
         for name, values in seconds.items()
     }
-
-
-def _new_folders() -> Iterator[Path]:
-    while True:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ def check_form(image: np.ndarray, channels: int) -> None:
     assert image.ndim == 3
     assert image.shape[2] == channels
     assert image.flags.c_contiguous
-    assert image.flags.writeable
+    assert not image.flags.writeable
 
 
 # What is decoded, by construction.

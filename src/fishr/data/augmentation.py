@@ -58,7 +58,7 @@ def augment(
             order of the jitter, brightness, contrast, saturation, hue and grayscale.
 
     Returns:
-        uint8 ``[size, size, channel]``, contiguous and the caller's own.
+        uint8 ``[size, size, channel]``, contiguous.
 
     Raises:
         ConfigError: a recipe that does not exist.

@@ -74,7 +74,7 @@ class ImageFormat:
         Alpha is dropped, not blended, unless the format has four channels.
 
         Returns:
-            uint8 ``[row, column, channel]``, contiguous and the caller's own.
+            uint8 ``[row, column, channel]``, contiguous, read-only.
 
         Raises:
             UnreadableImageError: with the reason. Nothing else is raised, whatever the bytes are.
@@ -110,7 +110,7 @@ class ImageFormat:
             image: uint8 ``[row, column, channel]``.
 
         Returns:
-            uint8 ``[size, size, channel]``, contiguous and the caller's own.
+            uint8 ``[size, size, channel]``, contiguous, read-only.
 
         Raises:
             InputError: an array of another type, or with another number of channels.
@@ -133,7 +133,9 @@ class ImageFormat:
         draft = image.draft(None, (least, least))
         image.load()
         width, height = draft[1][2:] if draft else image.size
-        pixels = _with_bytes(image).convert(MODES[self.channels])
+        pixels = _with_bytes(image)
+        if pixels.mode != MODES[self.channels]:  # else convert would copy
+            pixels = pixels.convert(MODES[self.channels])
         if (shrink := self.shorter_side / min(width, height)) < 1:
             size = round(shrink * width), round(shrink * height)
             # Bicubic, as it will be resized once more: two bilinear steps would blur.
@@ -191,7 +193,7 @@ def _resized(
 
 
 def _channels_last(pixels: Image.Image) -> NDArray[np.uint8]:
-    array = np.array(pixels)
+    array = np.asarray(pixels)
     return array.reshape(*array.shape[:2], -1)
 
 
