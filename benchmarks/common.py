@@ -71,7 +71,7 @@ def time_alternating(
     for turn in range(warm_up + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            duration = _time(jobs[name])
+            duration = time_call(jobs[name])
             if turn >= warm_up:
                 seconds[name].append(duration)
     gc.unfreeze()
@@ -136,7 +136,8 @@ def write_results(
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _time(job: Callable[[], object]) -> float:
+def time_call(job: Callable[[], object]) -> float:
+    """Seconds of one call, without garbage collection."""
     gc.collect()
     gc.disable()
     try:

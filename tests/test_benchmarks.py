@@ -115,7 +115,11 @@ def test_pacs_compares_chooses_and_draws(script, data_root, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("differences", "verdict"),
-    [((1, 2), "Fishr beats ERM"), ((-1, -2), "Fishr does not beat ERM"), ((1, -2), "Neither is better")],
+    [
+        ((1, 2), "Fishr beats ERM"),
+        ((-1, -2), "Fishr does not beat ERM, it does"),
+        ((1, -2), "Fishr does not beat ERM beyond"),
+    ],
 )
 def test_pacs_judges_by_the_paired_difference(script, differences, verdict):
     results = {

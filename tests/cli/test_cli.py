@@ -83,7 +83,7 @@ def test_train_writes_a_run_and_says_so(capsys, tmp_path):
     assert first["step"] == 10
     assert first["held_out"] == ["-90%"]
     assert set(first["accuracy"]) == {"+80%", "+90%", "-90%", "gray"}
-    assert all(0 <= value <= 100 for splits in first["accuracy"].values() for value in splits.values())
+    assert all(0 <= value <= 1 for splits in first["accuracy"].values() for value in splits.values())
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
 
     assert main([*TRAIN, "--output", str(folder), "--json"]) == 0
@@ -187,3 +187,12 @@ def test_settings_are_parsed():
     assert parsed == {"a": 1, "b": 0.5, "c": None, "d": True, "e": "mean", "f": "a=b"}
     with pytest.raises(ConfigError, match="--set takes KEY=VALUE, got '=3'"):
         parse_settings(["=3"])
+
+
+def test_an_interrupted_command_says_so(capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fishr.data.load_dataset", interrupted)
+    assert main(TRAIN) == 130
+    assert capsys.readouterr().err == "fishr: interrupted\n"

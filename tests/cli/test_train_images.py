@@ -96,7 +96,7 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str], folder: Path, 
         "step": kept.step,
         "held_out": ["lab", "street"],
         "accuracy": {
-            domain: {split: metrics.accuracy * 100 for split, metrics in splits.items()}
+            domain: {split: metrics.accuracy for split, metrics in splits.items()}
             for domain, splits in kept.domains.items()
         },
     }
@@ -333,3 +333,11 @@ def test_a_class_missing_from_a_domain(capsys: pytest.CaptureFixture[str], folde
     assert "'animals' has no image of class 'dog' in domain 'shop'" in message
     assert main(arguments(copy, "--output", str(tmp_path / "run"), steps=1)) == 0
     assert capsys.readouterr().err == "fishr: warning: 'animals' has no image of class 'dog' in domain 'shop'\n"
+
+
+def test_brackets_in_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "brackets", domains=("[bold]x", "site [a]", "c"))
+    assert main(arguments(folder, "--output", str(tmp_path / "o[x]"))) == 0
+    shown = capsys.readouterr().out
+    for text in ("[bold]x", "site [a]", "o[x]/model"):
+        assert text in shown

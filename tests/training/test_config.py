@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,3 +199,21 @@ def test_given_choices_are_taken(digits: MultiDomainDataset) -> None:
 def test_an_unknown_algorithm_suggests_the_nearest(digits: MultiDomainDataset) -> None:
     with pytest.raises(ConfigError, match=r"unknown algorithm 'fisher'; did you mean 'fishr'\? \(known: erm, "):
         RunConfig.for_dataset(digits, "fisher", steps=5)
+
+
+def test_data_with_a_fingerprint_may_have_any_name() -> None:
+    """A copy of a folder under another name is the same data."""
+    options = {"image_size": 16, "fingerprint": "0123456789abcdef"}
+    one = replace(run_config(), data="mine", data_options=options)
+    other = replace(one, data="a copy")
+    assert one.hash == other.hash
+    assert one.differences(other) == []
+    assert one.hash != replace(one, data_options={**options, "fingerprint": "another"}).hash
+    assert run_config().hash != replace(run_config(), data="other").hash
+
+
+def test_a_text_for_names_and_for_an_average_is_refused() -> None:
+    with pytest.raises(ConfigError, match="test_domains must be a tuple of names, got the text 'sketch'"):
+        replace(run_config(), test_domains="sketch")
+    with pytest.raises(ConfigError, match="average must be an AverageConfig or None, got 'sma'"):
+        replace(run_config(), average="sma")

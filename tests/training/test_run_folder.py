@@ -300,3 +300,27 @@ def test_checkpoints_left_by_a_kill_after_the_end_are_removed(digits: MultiDomai
     (tmp_path / "run/checkpoints/step-00000012").mkdir(parents=True)
     assert not train(run_config(), digits, tmp_path / "run", device="cpu").trained
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_two_processes_do_not_work_on_one_run(digits: MultiDomainDataset, tmp_path: Path) -> None:
+    """The other one finds it taken while it runs, and nothing is lost by that."""
+    refused: list[str] = []
+
+    def other() -> None:
+        with pytest.raises(RunError, match=r"another process is working on the run in .*: wait for it") as error:
+            train(run_config(), digits, tmp_path / "run", device="cpu")
+        refused.append(str(error.value))
+
+    train(run_config(), digits, tmp_path / "run", device="cpu", observer=AtStep(5, other))
+    assert len(refused) == 1
+    train(run_config(), digits, tmp_path / "alone", device="cpu")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", run_config())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "DONE").write_text("")
+    with pytest.raises(RunError, match="another process has just finished the run"), folder.alone():
+        pass

@@ -18,6 +18,9 @@ MULTIPLE = ("--average-arg", "--backbone-arg", "--images", "--mean", "--methods"
 """Options that take several values, ``--methods erm fishr``, which typer knows only as repeated options."""
 OPTION = re.compile(r"--|-[a-z]$")
 
+INTERRUPTED = 130
+"""What typer makes of ^C, where a command does not handle it."""
+
 app = typer.Typer(
     name="fishr",
     no_args_is_help=True,
@@ -47,8 +50,7 @@ def call(arguments: Sequence[str]) -> int:
     try:
         code = get_command(app).main(args=list(arguments), prog_name="fishr", standalone_mode=False)
     except typer.Abort:
-        print_notice("interrupted")
-        return 130
+        code = INTERRUPTED
     except Exception as error:
         # Typer's usage errors: their classes are not public in all versions, these two attributes are.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
@@ -57,6 +59,8 @@ def call(arguments: Sequence[str]) -> int:
         if message:  # without one, the help was asked for and printed
             print_error(message)
         return 2 if message else 0
+    if code == INTERRUPTED:
+        print_notice("interrupted")
     return code if isinstance(code, int) else 0
 
 

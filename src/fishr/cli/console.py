@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fishr.records import RunRecord
@@ -56,6 +57,11 @@ def print_json(content: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
+def print_line(text: str) -> None:
+    """Text on stdout as it is, not broken into lines."""
+    stdout.print(text, markup=False, soft_wrap=True)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout."""
     stdout.print(_table(header, rows))
@@ -64,9 +70,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(Text(name), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # what users call their folders is no markup
     return table
 
 
@@ -100,7 +106,7 @@ class ProgressBar:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
@@ -169,4 +175,4 @@ class LiveRuns:
 def print_if_done_before(watcher: LiveRuns, output: Path) -> None:
     """Say so when no run had to be made."""
     if watcher.trained == 0:
-        stdout.print(f"All runs were done before; to make them anew, delete {output}.", soft_wrap=True)
+        print_line(f"All runs were done before; to make them anew, delete {output}.")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_table, stdout
+from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line, print_table
 
 
 def demo(
@@ -40,8 +40,6 @@ def demo(
     spreads = colored.summaries(runs)
     rows = [(colored.TITLES[method], *map(mean_and_std, spread.mean, spread.std)) for method, spread in spreads.items()]
     print_table(("accuracy in %", "train", "unseen", "gray"), rows)
-    stdout.print(workflow.conclusion(spreads["erm"], spreads["fishr"]), soft_wrap=True)
-    stdout.print(
-        f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.", soft_wrap=True
-    )
+    print_line(workflow.conclusion(spreads["erm"], spreads["fishr"]))
+    print_line(f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.")
     print_if_done_before(watcher, output)

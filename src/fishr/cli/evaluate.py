@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fishr.cli.console import DataRoot, Device, Json, Quiet, print_json, print_table, stderr, stdout
+from fishr.cli.console import DataRoot, Device, Json, Quiet, print_json, print_line, print_table, stderr
 from fishr.reports.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -91,33 +90,28 @@ def _scores(scores: "Scores") -> dict[str, float]:
 def _print(evaluation: "Evaluation") -> None:
     domains, worst = evaluation.domains, evaluation.worst
     rows: list[tuple[str, ...]] = [
-        (escape(name), f"{domain.samples:,}", *_percent(domain), domain.role or "") for name, domain in domains.items()
+        (name, f"{domain.samples:,}", *_percent(domain), domain.role or "") for name, domain in domains.items()
     ]
     rows += [
         ("mean", "", *_percent(evaluation.mean), ""),
-        (f"worst: {escape(worst)}", "", *_percent(domains[worst]), ""),
+        (f"worst: {worst}", "", *_percent(domains[worst]), ""),
     ]
     columns = ["domain", "samples", "accuracy", "macro-F1", "calibration error"]
     if any(domain.role for domain in domains.values()):
         columns.append("in training")
     print_table(columns, [row[: len(columns)] for row in rows])
-    stdout.print(
-        "In %. Mean: over domains, each counts the same. Worst: by accuracy. Macro-F1: over classes that occur.",
-        soft_wrap=True,
-    )
+    print_line("In %. Mean: over domains, each counts the same. Worst: by accuracy. Macro-F1: over classes that occur.")
     trained_on = [name for name, domain in domains.items() if domain.role == "trained on"]
     if trained_on:
-        stdout.print(
+        print_line(
             f"The model was trained on samples of {', '.join(trained_on)}: what is measured there is no estimate for "
-            "new ones.",
-            markup=False,
-            soft_wrap=True,
+            "new ones."
         )
     confusion, classes = evaluation.confusion.tolist(), evaluation.classes
     if len(classes) <= MOST_CLASSES:
-        stdout.print("\nConfusions in all domains (rows: true class, columns: predicted class):", soft_wrap=True)
+        print_line("\nConfusions in all domains (rows: true class, columns: predicted class):")
         cells = [(name, *map(str, row)) for name, row in zip(classes, confusion, strict=True)]
-        stdout.print(markdown_table(("", *classes), cells), markup=False, soft_wrap=True)
+        print_line(markdown_table(("", *classes), cells))
         return
     mistakes = [
         (count, classes[true], classes[predicted])
@@ -126,9 +120,9 @@ def _print(evaluation: "Evaluation") -> None:
         if true != predicted and count > 0
     ]
     largest = sorted(mistakes, key=lambda mistake: mistake[0], reverse=True)[:LARGEST]
-    stdout.print(f"\nLargest of {len(mistakes)} confusions in all domains (true → predicted):", soft_wrap=True)
+    print_line(f"\nLargest of {len(mistakes)} confusions in all domains (true → predicted):")
     for count, true, predicted in largest:
-        stdout.print(f"  {true} → {predicted}: {count:,}", markup=False, soft_wrap=True)
+        print_line(f"  {true} → {predicted}: {count:,}")
 
 
 def _percent(scores: "Scores") -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from fishr.cli.console import DataRoot, Json, Quiet, print_json, stderr, stdout
+from fishr.cli.console import DataRoot, Json, Quiet, print_json, print_line, stderr
 from fishr.errors import ConfigError
 from fishr.registry import unknown
 
@@ -71,12 +71,11 @@ def export(
         return
     labels = "all labels equal" if report.labels_equal else "labels equal but for ties"
     what = "samples" if saved.card.image_format is None else "images"
-    stdout.print(
+    print_line(
         f"Compared with the original in onnxruntime on {report.samples} {what}: max difference of a probability "
-        f"{report.max_difference:.1e}, {labels}.",
-        soft_wrap=True,
+        f"{report.max_difference:.1e}, {labels}."
     )
-    stdout.print(f"Written: {report.file} ({size / 1e6:.1f} MB), {report.preprocessing}", markup=False, soft_wrap=True)
+    print_line(f"Written: {report.file} ({size / 1e6:.1f} MB), {report.preprocessing}")
 
 
 def _examples(card: "ModelCard", images: list[Path], data_root: Path | None) -> "Tensor":

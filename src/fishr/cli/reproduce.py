@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, stdout
+from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line
 
 reproduce_app = typer.Typer(no_args_is_help=True, help="Reproduce published experiments.")
 
@@ -59,6 +59,6 @@ def colored_mnist(
     if as_json:
         print_json(content)
         return
-    stdout.print(table, markup=False, soft_wrap=True)
-    stdout.print(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.", soft_wrap=True)
+    print_line(table)
+    print_line(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.")
     print_if_done_before(watcher, output)

@@ -13,9 +13,9 @@ from fishr.cli.console import (
     Json,
     Quiet,
     print_json,
+    print_line,
     print_table,
     progress_of_run,
-    stdout,
 )
 from fishr.errors import ConfigError
 
@@ -158,7 +158,7 @@ def train(
                 "step": kept.step,
                 "held_out": list(config.test_domains),
                 "accuracy": {
-                    domain: {split: metrics.accuracy * 100 for split, metrics in splits.items()}
+                    domain: {split: metrics.accuracy for split, metrics in splits.items()}
                     for domain, splits in kept.domains.items()
                 },
             }
@@ -173,9 +173,8 @@ def train(
         rows.append((domain, role, *cells))
     print_table(("domain", "role", "in-split", "out-split"), rows)
     said = "Trained" if result.trained else "Done before, nothing to do"
-    stdout.print(
-        f"{said}: accuracy in % of the model kept (step {kept.step} of {config.steps}); model in {folder / 'model'}.",
-        soft_wrap=True,
+    print_line(
+        f"{said}: accuracy in % of the model kept (step {kept.step} of {config.steps}); model in {folder / 'model'}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a saved model says about image files: one row for each, in memory that does not grow with their number."""
+"""What a saved model says about image files: one row for each. Memory holds a few batches and one folder's names."""
 
 import logging
 import math

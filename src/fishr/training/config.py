@@ -59,6 +59,10 @@ class RunConfig:
     class_balanced: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.test_domains, str):
+            raise ConfigError(f"test_domains must be a tuple of names, got the text {self.test_domains!r}")
+        if self.average is not None and not isinstance(self.average, AverageConfig):
+            raise ConfigError(f"average must be an AverageConfig or None, got {self.average!r}")
         problems = [
             f"{name} must be a whole number, got {getattr(self, name)!r}"
             for name in ("steps", "checkpoint_every", "seed", "trial")
@@ -150,13 +154,19 @@ class RunConfig:
 
     @property
     def hash(self) -> str:
-        """Names the run: equal exactly for equal configs."""
-        canonical = json.dumps(self.as_dict(), sort_keys=True)
+        """Names the run: equal exactly for equal configs, whatever data with the same fingerprint are called."""
+        canonical = json.dumps(self._identity(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def _identity(self) -> dict[str, Any]:
+        content = self.as_dict()
+        if "fingerprint" in self.data_options:
+            del content["data"]
+        return content
 
     def differences(self, other: "RunConfig") -> list[str]:
         """Settings in which another config differs, ``name: ours → theirs``."""
-        ours, theirs = _flat(self.as_dict()), _flat(other.as_dict())
+        ours, theirs = _flat(self._identity()), _flat(other._identity())
         return [
             f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
             for name in dict.fromkeys([*ours, *theirs])

@@ -119,20 +119,23 @@ def train(
     """
     output = Path(output)
     named, given = (config.data, dict(config.data_options)), (dataset.name, dict(dataset.options))
-    if named != given:
+    if named[1] != given[1] or ("fingerprint" not in given[1] and named[0] != given[0]):
         raise ConfigError("the config names the dataset {!r} with {}, got {!r} with {}".format(*named, *given))
     dataset.check_test_domains(config.test_domains)
     try:
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
-            folder.remove_checkpoints()
+            folder.tidy()
             records = folder.records()
             if not records:
                 raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
             return RunResult(output, records, folder.kept(), trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            _Run(config, dataset, folder, fabric, observer or Silent(), weights).finish()
+            run = _Run(config, dataset, folder, fabric, observer or Silent(), weights)
+            with folder.alone():
+                run.start()
+                run.finish()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
@@ -174,15 +177,19 @@ class _Run:
         self.best = BestWeights()
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
 
+        self.step = 0
+        self.monitor = _LossMonitor(folder, looks_every=1 if fabric.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
         # Whatever may be wrong with the settings was found before: decoding can take long.
         dataset.open(observer.on_images)
-        folder.create()
-        progress = restore_checkpoint(folder.checkpoints, self._stateful(), self.optimizers)
-        self.step = 0 if progress is None else progress.step
-        self.monitor = _LossMonitor(folder, looks_every=1 if fabric.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
+
+    def start(self) -> None:
+        """Make the folder, or continue from its newest checkpoint."""
+        self.folder.create()
+        progress = restore_checkpoint(self.folder.checkpoints, self._stateful(), self.optimizers)
         if progress is not None:
+            self.step = progress.step
             self.monitor.sums, self.monitor.count = dict(progress.loss_sums), progress.steps_in_sums
-        folder.forget_records_after(self.step)
+        self.folder.forget_records_after(self.step)
 
     def finish(self) -> None:
         """Make the remaining steps and write the model."""

@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fishr.errors import FishrError, RunError
 from fishr.files import new_folder, remove_leftovers, write_text
@@ -12,6 +16,7 @@ from fishr.records import RunRecord, read_records
 from fishr.training.config import RunConfig
 
 FORMAT = 1
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -51,6 +56,33 @@ class RunFolder:
             content = {"format": FORMAT, **self.config.as_dict()}
             write_text(self.config_file, json.dumps(content, indent=2) + "\n")
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from working on the run inside the block.
+
+        Raises:
+            RunError: another process works on it, or has just finished it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"another process is working on the run in {self.path}: wait for it, or choose another --output"
+            ) from None
+        try:
+            if self.done:
+                raise RunError(f"another process has just finished the run in {self.path}: call again to see it")
+            yield
+        finally:
+            self._lock.unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / LOCK
+
     @property
     def done(self) -> bool:
         return self._done.exists()
@@ -88,16 +120,18 @@ class RunFolder:
         with new_folder(self.model) as aside:
             save_model(aside, model)
         write_text(self._done, record.to_json() + "\n")
-        self.remove_checkpoints()
+        self.tidy()
 
-    def remove_checkpoints(self) -> None:
+    def tidy(self) -> None:
+        """Remove what a run that is done does not need, or a process that was killed has left."""
+        self._lock.unlink(missing_ok=True)
         if self.checkpoints.exists():
             shutil.rmtree(self.checkpoints)
 
 
 def _is_leftover(path: Path) -> bool:
     """Whether a process was killed while it wrote the config: nothing else is in the folder then."""
-    return path.name.startswith(".config.json.")
+    return path.name.startswith(".config.json.") or path.name == LOCK
 
 
 def _read_config(path: Path) -> RunConfig:
