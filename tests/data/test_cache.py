@@ -488,7 +488,7 @@ def test_progress_counts_what_is_there_already(tmp_path: Path, folder: Path) -> 
 def test_few_images_wait_in_memory(
     tmp_path: Path, folder: Path, mode: cache.CacheMode, monkeypatch: pytest.MonkeyPatch, decoded: list[bytes]
 ) -> None:
-    paths = make_pictures(tmp_path / "data", 60)
+    paths = make_pictures(tmp_path / "data", 120)
     monkeypatch.setattr(cache, "num_cpus", lambda: 2)
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_REPORTS", 0)
     waiting = []
@@ -498,24 +498,111 @@ def test_few_images_wait_in_memory(
         waiting.append(len(decoded) - done)
 
     store_images(paths, FORMAT, mode, folder, progress)
-    assert 6 <= max(waiting) <= 8
+    assert 24 <= max(waiting) <= 40  # two tasks of 8 images for each thread, and the one that is being stored
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interrupted_build_leaves_nothing(
-    tmp_path: Path, folder: Path, decoded: list[bytes], error: type[BaseException]
+def test_an_interrupted_build_keeps_what_was_decoded(
+    tmp_path: Path,
+    folder: Path,
+    decoded: list[bytes],
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_logged: Callable[[], list[str]],
 ) -> None:
-    paths = make_pictures(tmp_path / "data", 60)
+    paths = make_pictures(tmp_path / "data", 120)
+    monkeypatch.setattr(cache, "num_cpus", lambda: 2)
+    monkeypatch.setattr(cache, "SECONDS_BETWEEN_REPORTS", 0)
 
     def progress(done: int, _: int) -> None:
-        raise error
+        if done == 7:
+            raise error
 
     with pytest.raises(error):
         store_images(paths, FORMAT, "disk", folder, progress)
-    assert len(decoded) < 60, "what was not begun is not decoded any more"
+    assert len(decoded) < 120, "what was not begun is not decoded any more"
+    assert is_clean(folder)
+    assert len(parts(folder)) == 1
+    assert records(folder) == []
+    decoded.clear()
+    assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+    assert len(decoded) == 113
+    assert warnings_logged() == []
+
+
+def test_an_interrupt_while_an_image_is_written(
+    tmp_path: Path,
+    folder: Path,
+    decoded: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_logged: Callable[[], list[str]],
+) -> None:
+    paths = make_pictures(tmp_path / "data", 9)
+    real = cache._Part.append
+
+    def append(part: cache._Part, digest: bytes, pixels: np.ndarray) -> None:
+        if len(part.images) == 4:
+            part.file.write(b"half an image")
+            raise KeyboardInterrupt
+        real(part, digest, pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache._Part, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            store_images(paths, FORMAT, "disk", folder)
+    assert is_clean(folder)
+    decoded.clear()
+    assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+    assert len(decoded) == 5
+    assert warnings_logged() == []
+
+
+def test_an_interrupt_that_cannot_be_made_good(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make_pictures(tmp_path / "data", 9)
+
+    def progress(done: int, _: int) -> None:
+        raise KeyboardInterrupt
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        fail_at(patched, Path, "rename", 1, fail)
+        with pytest.raises(KeyboardInterrupt):
+            store_images(paths, FORMAT, "disk", folder, progress)
     assert is_clean(folder)
     assert parts(folder) == []
     assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("PART_IMAGES", 4), ("PART_BYTES", 1500)])
+def test_a_large_part_is_finished_at_once(
+    tmp_path: Path, folder: Path, decoded: list[bytes], limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_pictures(tmp_path / "data", 30)
+    monkeypatch.setattr(cache, limit, value)
+    monkeypatch.setattr(cache, "SECONDS_BETWEEN_REPORTS", 0)
+
+    def progress(done: int, _: int) -> None:
+        if done == 22:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code(in_child(lambda: store_images(paths, FORMAT, "disk", folder, progress))) == -signal.SIGKILL
+    assert len(parts(folder)) >= 4
+    assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+    assert len(decoded) <= 12, "a killed process loses a part at most"
+    assert len(parts(folder)) >= 7
+    assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+    assert len(decoded) <= 12
+    assert is_clean(folder)
+
+
+def test_parts_grow_with_the_cache(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PART_IMAGES", 2)
+    monkeypatch.setattr(cache, "LARGEST_SHARE", 1.0)
+    paths = make_pictures(tmp_path / "data", 32)
+    assert is_right(store_images(paths, FORMAT, "disk", folder), paths)
+    assert len(parts(folder)) == 5  # 2, 2, 4, 8 and 16 images
 
 
 def test_everything_is_forced_to_disk(tmp_path: Path, folder: Path, forced: list[int]) -> None:

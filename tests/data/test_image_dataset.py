@@ -108,13 +108,13 @@ def write_manifest(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> Path:
-    """Of all images, with every third in the out-split and pairs of images as groups."""
+    """Of all images, with pairs of images as groups, every second of them in the out-split."""
     rows = [
         {
             "path": f"{domain}/{name}/{index:02}.png",
             "label": name,
             "domain": domain,
-            "split": "val" if index == 2 else "train",
+            "split": "val" if index >= 2 else "train",
             "group": f"{name}-{index // 2}",
         }
         for domain in DOMAINS
@@ -130,12 +130,37 @@ def test_a_manifest_is_a_dataset(manifest: Path, folder: Path) -> None:
     for domain in DOMAINS:
         assert files_of(dataset, domain) == files_of(of_folder, domain)
         assert torch.equal(dataset.domains[domain].targets, of_folder.domains[domain].targets)
-        assert dataset.fixed_out[domain].tolist() == [False, False, True, False] * 2
+        assert dataset.fixed_out[domain].tolist() == [False, False, True, True] * 2
         # The same in every domain.
         assert dataset.groups[domain].tolist() == dataset.groups["lab"].tolist()
     assert len(set(dataset.groups["lab"].tolist())) == 4
     splits = split_dataset(dataset, 0.5, trial=3)
-    assert all(outside.tolist() == [2, 6] for _, outside in splits.values())
+    assert all(outside.tolist() == [2, 3, 6, 7] for _, outside in splits.values())
+
+
+def test_a_held_out_domain_needs_no_in_split(folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "path": str(folder / f"{domain}/{name}/{index:02}.png"),
+            "label": name,
+            "domain": domain,
+            "split": "val" if domain == "shop" or index == 2 else "train",
+        }
+        for domain in DOMAINS
+        for name in CLASSES
+        for index in range(4)
+    ]
+    dataset = load(write_manifest(tmp_path / "list.csv", rows), augmentation="none")
+    for held_out in ("shop", "lab"):
+        config = RunConfig.for_dataset(
+            dataset, "erm", steps=1, test_domains=(held_out,), model=ModelConfig("mlp"), hparams={"batch_size": 2}
+        )
+        if held_out == "shop":
+            last = train(config, dataset, tmp_path / "run", device="cpu").records[-1]
+            assert set(last.domains["shop"]) == {"in"}
+        else:
+            with pytest.raises(DataError, match="domain 'shop' of 'list', which is trained on, has nothing in its in-"):
+                train(config, dataset, tmp_path / "other", device="cpu")
 
 
 def test_a_parquet_file_is_a_manifest(folder: Path) -> None:
@@ -321,6 +346,11 @@ def test_a_file_that_is_no_manifest(folder: Path) -> None:
     [
         ({"image_size": 0}, "image size must be at least 1 pixel, got 0"),
         ({"image_size": -8}, "image size must be at least 1 pixel, got -8"),
+        ({"image_size": 32.5}, "image size must be a whole number of pixels, got 32.5"),
+        ({"image_size": "32"}, "image size must be a whole number of pixels, got '32'"),
+        ({"image_size": True}, "image size must be a whole number of pixels, got True"),
+        ({"channels": True}, "images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got True"),
+        ({"channels": 3.0}, "images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got 3.0"),
         ({"channels": 2}, "images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got 2"),
         (
             {"augmentation": "domainbad"},
@@ -340,6 +370,13 @@ def test_an_option_that_cannot_be(options: dict[str, Any], message: str, folder:
         load(folder, **options)
 
 
+def test_other_datasets_take_no_image_options() -> None:
+    with pytest.raises(ConfigError, match=r"^dataset 'colored-digits' takes no image options \('augmentation'\)$"):
+        load_dataset("colored-digits", augmentation="light")
+    with pytest.raises(ConfigError, match=r"has no option 'augmentation', 'flip'; options it takes: label_flip$"):
+        load_dataset("colored-digits", augmentation="light", flip=1)
+
+
 def test_a_benchmark_knows_nothing_of_strictness() -> None:
     with pytest.raises(ConfigError, match=r"^dataset 'pacs' has no option 'strict'; options it takes: image_size, ch"):
         load("pacs", strict=True)
@@ -352,6 +389,30 @@ def test_strictness_refuses_missing_classes(tmp_path: Path, warnings_logged: Cal
     assert warnings_logged() == ["'animals' has no image of class 'dog' in domain 'shop'"]
     with pytest.raises(DataError, match=r"^'animals' has no image of class 'dog' in domain 'shop': expected every"):
         load(folder, strict=True)
+
+
+# Paths
+
+
+def test_paths_may_be_texts_and_begin_at_home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    given = load_dataset(folder, image_size=8, cache="disk", cache_folder=str(tmp_path / "pixels"))
+    home = load_dataset("~/animals", image_size=8, cache="none")
+    assert files_of(given, "lab") == files_of(home, "lab")
+    assert given.options == home.options
+    given.domains["lab"].inputs[:2]
+    assert (tmp_path / "pixels").is_dir()
+    load_dataset(Path("~/animals"), image_size=8, cache_folder="~/pixels").open()
+    assert (folder.parent / "pixels").is_dir()
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_that_leads_nowhere(kind: type[str] | type[Path]) -> None:
+    for path in ("nowhere/at/all", "~nobody-of-this-name/images"):
+        with pytest.raises(
+            ConfigError, match=rf"^unknown dataset '{path}' .*, and there is no folder or manifest {path}$"
+        ):
+            load_dataset(kind(path))
 
 
 # One domain

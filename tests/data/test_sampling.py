@@ -76,6 +76,8 @@ def split_of(
     *,
     fixed_out: Mapping[str, list[bool]] = {},
     groups: Mapping[str, list[int]] = {},
+    held_out: tuple[str, ...] = (),
+    evaluation_only: tuple[str, ...] = (),
 ) -> dict[str, tuple[list[int], list[int]]]:
     """In- and out-split of each domain of a dataset with so many samples in each."""
     made = MultiDomainDataset(
@@ -83,10 +85,11 @@ def split_of(
         "vectors",
         {name: Samples(torch.zeros(size, 1), torch.zeros(size, dtype=torch.int64)) for name, size in sizes.items()},
         ("a", "b"),
+        evaluation_only=frozenset(evaluation_only),
         fixed_out={name: np.array(out) for name, out in fixed_out.items()},
         groups={name: np.array(codes) for name, codes in groups.items()},
     )
-    splits = split_dataset(made, out_fraction, trial)
+    splits = split_dataset(made, out_fraction, trial, held_out)
     assert list(splits) == list(sizes)
     for name, parts in splits.items():
         assert all(part.dtype == torch.int64 and part.tolist() == sorted(part.tolist()) for part in parts)
@@ -191,24 +194,47 @@ def test_domains_with_and_without_groups() -> None:
 def test_too_few_samples_for_an_out_split(size: int) -> None:
     with pytest.raises(
         DataError,
-        match=rf"^domain 'y' has {size} samples, too few for an out-split of 20%: use more of its samples, or "
-        "out_fraction=0$",
+        match=rf"^domain 'y' has {size} samples, too few for an out-split of 20%: use more of its samples, at least 5$",
     ):
         split_of({"x": 5, "y": size})
 
 
+@pytest.mark.parametrize("out_fraction", [0.001, 1 / 49, 0.15, 0.3])
+def test_the_least_samples_for_an_out_split_are_named(out_fraction: float) -> None:
+    with pytest.raises(DataError, match="use more of its samples, at least") as raised:
+        split_of({"x": 1}, out_fraction)
+    least = int(str(raised.value).rsplit(" ", 1)[1])
+    assert len(split_of({"x": least}, out_fraction)["x"][1]) == 1
+    with pytest.raises(DataError, match="too few for an out-split"):
+        split_of({"x": least - 1}, out_fraction)
+
+
 @pytest.mark.parametrize(
-    ("out_fraction", "part", "known"),
+    ("out_fraction", "empty", "advice", "known"),
     [
-        (0.2, "out", {"groups": {"x": [7, 7, 7, 7, 7]}}),
-        (0.8, "in", {"groups": {"x": [7, 7, 7, 7, 7]}}),
-        (0.2, "out", {"fixed_out": {"x": [False] * 5}}),
-        (0.2, "in", {"fixed_out": {"x": [True] * 5}}),
+        (0.2, "out", "they are one group, which is not divided", {"groups": {"x": [7, 7, 7, 7, 7]}}),
+        (0.8, "in", "they are one group, which is not divided", {"groups": {"x": [7, 7, 7, 7, 7]}}),
+        (0.9, "in", "choose another out_fraction or trial", {"groups": {"x": [7, 7, 7, 8, 8]}}),
+        (0.2, "out", "give some of them the split 'val'", {"fixed_out": {"x": [False] * 5}}),
+        (0.2, "in", "give some of them the split 'train'", {"fixed_out": {"x": [True] * 5}}),
     ],
 )
-def test_an_empty_split_is_refused(out_fraction: float, part: str, known: dict[str, dict[str, list[int]]]) -> None:
-    with pytest.raises(DataError, match=rf"^domain 'x' has nothing in its {part}-split: its 5 samples need both"):
-        split_of({"x": 5}, out_fraction, **known)
+def test_an_empty_split_is_for_domains_that_are_not_trained_on(
+    out_fraction: float, empty: str, advice: str, known: dict[str, dict[str, list[int]]]
+) -> None:
+    full = "out" if empty == "in" else "in"
+    message = f"^domain 'x' of 'made', which is trained on, has nothing in its {empty}-split: all its 5 samples are in "
+    with pytest.raises(DataError, match=f"{message}the {full}-split: {advice}"):
+        split_of({"x": 5, "y": 9}, out_fraction, **known)
+    for free in ({"held_out": ("x",)}, {"evaluation_only": ("x",)}):
+        assert split_of({"x": 5, "y": 9}, out_fraction, **known, **free)["x"] == ([0, 1, 2, 3, 4], [])
+
+
+def test_a_domain_that_is_not_trained_on_may_be_too_small_for_an_out_split() -> None:
+    assert split_of({"x": 3, "y": 9}, held_out=("x",))["x"] == ([0, 1, 2], [])
+    assert split_of({"x": 3, "y": 9}, evaluation_only=("x",))["x"] == ([0, 1, 2], [])
+    with pytest.raises(DataError, match="domain 'x' has 3 samples, too few"):
+        split_of({"x": 3, "y": 9}, held_out=("y",))
 
 
 @pytest.mark.parametrize("known", [{}, {"groups": {"x": [0, 1, 2]}}])
@@ -501,6 +527,15 @@ def test_a_single_domain_can_be_evaluated_but_not_trained_on(held_out: tuple[str
         made.check_test_domains(held_out)
 
 
+@pytest.mark.parametrize("held_out", [(), ("x",)])
+def test_a_single_class_can_be_evaluated_but_not_trained_on(held_out: tuple[str, ...]) -> None:
+    one = Samples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    made = MultiDomainDataset("made", "images", {"x": one, "y": one}, ("cat",))
+    message = r"^dataset 'made' has images of one class, 'cat': at least 2 are needed to tell apart$"
+    with pytest.raises(DataError, match=message):
+        made.check_test_domains(held_out)
+
+
 def test_a_dataset_without_a_domain_is_refused() -> None:
     with pytest.raises(DataError, match=r"^dataset 'made' has no domain$"):
         dataset({}, test_domain=None)
@@ -591,6 +626,7 @@ def test_a_fixed_split_that_tears_groups_apart_is_refused() -> None:
     with pytest.raises(DataError, match="the split of 'made' puts 1 of 3 groups on both sides"):
         split_dataset(torn, 0.25, trial=0)
     split_dataset(torn, 0.0, trial=0)
+    split_dataset(torn, 0.25, trial=0, held_out=("x",))
 
 
 def test_groups_of_half_a_domain_each_are_split() -> None:

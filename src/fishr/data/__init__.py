@@ -6,7 +6,9 @@
 """
 
 import inspect
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +33,17 @@ DATASETS.register("rotated-mnist", rotated_mnist)
 for _name, _factory in BENCHMARK_DATASETS.items():
     DATASETS.register(_name, _factory)
 
+_IMAGE_OPTIONS = [
+    option.name
+    for option in inspect.signature(image_dataset).parameters.values()
+    if option.kind is inspect.Parameter.KEYWORD_ONLY
+]
+
 
 def load_dataset(
-    name: str,
+    name: str | Path,
     *,
-    root: Path | None = None,
+    root: Path | str | None = None,
     seed: int = 0,
     subset: int | None = None,
     **options: Any,
@@ -43,7 +51,7 @@ def load_dataset(
     """A dataset by its name in :data:`DATASETS`, or a user's own images by the path of their folder or manifest.
 
     Args:
-        name: Name of the dataset, or a path.
+        name: Name of the dataset, or a path, which may begin with ``~``.
         root: Data root of datasets with a name; default ``$FISHR_DATA``, else ``fishr`` in the user's cache folder.
         seed: Seed of everything random in the dataset.
         subset: Keep as many samples of each domain as this; None keeps all.
@@ -53,11 +61,14 @@ def load_dataset(
         ConfigError: a dataset or an option that does not exist, or a value that an option cannot take.
         DataError: the data are damaged, or missing and cannot be downloaded.
     """
-    factory = _factory_of(name, root)
+    name = os.fspath(name)
+    factory = _factory_of(name, None if root is None else Path(root))
     parameters = inspect.signature(factory).parameters
     known = [option for option in parameters if option not in ("seed", "subset")]
     unknown_options = [option for option in options if option not in known]
     if unknown_options:
+        if "image_size" not in known and set(unknown_options) <= set(_IMAGE_OPTIONS):
+            raise ConfigError(f"dataset {name!r} takes no image options ({', '.join(map(repr, unknown_options))})")
         raise ConfigError(
             f"dataset {name!r} has no option {', '.join(map(repr, unknown_options))}; "
             f"options it takes: {', '.join(known) or 'none'}"
@@ -69,8 +80,11 @@ def load_dataset(
 def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDataset]:
     if name in DATASETS:
         return partial(DATASETS[name], root)
-    if name and Path(name).exists():  # an empty path would be the current folder
-        return partial(image_dataset, Path(name))
+    path = Path(name)
+    with suppress(RuntimeError):  # no such user
+        path = path.expanduser()
+    if name and path.exists():  # an empty path would be the current folder
+        return partial(image_dataset, path)
     error = unknown("dataset", name, DATASETS)
     raise ConfigError(f"{error}, and there is no folder or manifest {name}")
 

@@ -168,7 +168,17 @@ class MultiDomainDataset:
                 samples.inputs.files.open(progress)
 
     def check_test_domains(self, names: tuple[str, ...]) -> None:
-        """Raises ConfigError for a name that is no domain to hold out, DataError if none would be left to train on."""
+        """Check that the data can be trained on with these domains held out.
+
+        Raises:
+            ConfigError: a name that is no domain to hold out.
+            DataError: no domain would be left to train on, or there is but one class.
+        """
+        if len(self.classes) < 2:
+            raise DataError(
+                f"dataset {self.name!r} has images of one class, {self.classes[0]!r}: at least 2 are needed to tell "
+                "apart"
+            )
         if len(self.trainable_domains) < 2:
             raise DataError(
                 f"dataset {self.name!r} has 1 domain to train on or hold out ({', '.join(self.trainable_domains)}); "

@@ -9,6 +9,8 @@ data set it belongs to:
 - ``lists/ID/files`` has, for a list of paths, the size, modification time and SHA-256 of each file and where its pixels
   lie. As long as sizes and times stay what they were, nothing else is read.
 
+Parts are written as images get decoded, so a build that is interrupted goes on where it was.
+
 An image is known by its file's content, not by the data set it is in. A data set that was moved, a part of one, or one
 with some new files finds the pixels that are there, and only what is new is decoded and written.
 
@@ -28,7 +30,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, get_args
@@ -56,14 +58,26 @@ STAT = np.dtype([("size", np.int64), ("mtime_ns", np.int64)])
 FILE = np.dtype([("stat", STAT), ("digest", "V32"), ("location", LOCATION)])
 PART = np.dtype([("name", "U32"), ("bytes", np.int64)])
 
-PENDING_PER_THREAD = 4
-"""Images that may be read or wait to be stored: what bounds the memory that decoding takes."""
+PART_BYTES, PART_IMAGES = 2**30, 20_000
+"""A part with as many bytes or images is finished: what a build that is killed loses at most..."""
+
+LARGEST_SHARE = 1 / 32
+"""... or this share of all before it, if that is more: each part takes a file descriptor, of which there are few."""
+
+PATHS_PER_TASK = 8
+"""Images that a thread decodes in a row: each task is handed from thread to thread, which takes time."""
+
+TASKS_PER_THREAD = 2
+"""Tasks that may be under way or wait to be stored: what bounds the memory that decoding takes."""
 
 SECONDS_BETWEEN_REPORTS = 0.05
 
 CacheMode = Literal["disk", "ram", "none"]
 Progress = Callable[[int, int], None]
 """Called with the number of images done and of all images."""
+
+_Decoded = tuple[bytes, NDArray[np.uint8] | None]
+"""SHA-256 of a file, and its pixels if they are new."""
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +164,10 @@ class _Pixels:
 
 def _in_memory(paths: Sequence[Path], format: ImageFormat, progress: Progress | None) -> _Pixels:
     file = io.BytesIO()
+    part = _Part(file)
     decoding = _Decoding({}, 0)
     try:
-        decoding.run(paths, file, format, _Reports(progress, 0, len(paths)))
+        decoding.run(paths, part.append, format, _Reports(progress, 0, len(paths)))
     except MemoryError as error:
         raise DataError(
             f"the images do not fit into memory{_needed(decoding, len(paths))}: use --cache disk or --cache none"
@@ -160,7 +175,7 @@ def _in_memory(paths: Sequence[Path], format: ImageFormat, progress: Progress | 
     _check_readable(decoding, len(paths))
     pixels = np.frombuffer(file.getbuffer(), np.uint8)
     pixels.setflags(write=False)
-    return _Pixels([pixels], np.array(decoding.images, IMAGE)["location"][decoding.numbers], format.channels)
+    return _Pixels([pixels], np.array(part.images, IMAGE)["location"][decoding.numbers], format.channels)
 
 
 def _on_disk(paths: Sequence[Path], format: ImageFormat, folder: Path, progress: Progress | None) -> _Pixels:
@@ -214,7 +229,7 @@ def _fill(
     format: ImageFormat,
     progress: Progress | None,
 ) -> None:
-    """Decode what is not there as a new part and write the list's record; nobody else may do so at the same time."""
+    """Decode what is not there into new parts and write the list's record; nobody else may do so at the same time."""
     for folder in (store / PARTS, store / LISTS):
         remove_leftovers(folder, "*")
     parts, images = _whole_parts(store, format)
@@ -230,20 +245,20 @@ def _fill(
     todo = np.flatnonzero(numbers < 0).tolist()
 
     decoding = _Decoding(known, len(images))
-    unfinished = store / UNFINISHED
+    new_parts = _NewParts(store, len(parts), format.channels)
     try:
-        with unfinished.open("wb") as file:
-            reports = _Reports(progress, len(paths) - len(todo), len(paths))
-            decoding.run([paths[index] for index in todo], file, format, reports)
-        if decoding.images:
-            name = uuid.uuid4().hex
-            new_images = np.array(decoding.images, IMAGE)
-            with new_folder(store / PARTS / name) as aside:
-                unfinished.rename(aside / PIXELS)
-                _write_arrays(aside / INDEX, new_images)
-            new_images["location"]["part"] = len(parts)
-            images = np.concatenate([images, new_images])
-            parts = np.append(parts, np.array([(name, decoding.num_bytes)], PART))
+        reports = _Reports(progress, len(paths) - len(todo), len(paths))
+        try:
+            decoding.run([paths[index] for index in todo], new_parts.append, format, reports)
+        except OSError:  # the disk is full, or gone: not the time to write more
+            raise
+        except BaseException:
+            with suppress(OSError):
+                new_parts.finish()
+            raise
+        new_parts.finish()
+        images = np.concatenate([images, *new_parts.images])
+        parts = np.append(parts, np.array(new_parts.parts, PART))
         # Only now: what could be read need not be decoded again when the rest is repaired.
         _check_readable(decoding, len(paths))
         numbers[todo] = decoding.numbers
@@ -260,7 +275,7 @@ def _fill(
     except OSError as error:
         raise _unusable(store.parent, error, _needed(decoding, len(todo))) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        new_parts.discard()
 
 
 def _whole_parts(store: Path, format: ImageFormat) -> tuple[NDArray[np.void], NDArray[np.void]]:
@@ -271,8 +286,7 @@ def _whole_parts(store: Path, format: ImageFormat) -> tuple[NDArray[np.void], ND
         arrays = _read_arrays(folder / INDEX)
         if arrays is not None:
             (found,) = arrays
-            rows, columns = found["location"]["rows"].astype(np.int64), found["location"]["columns"]
-            num_bytes = int((rows * columns).sum()) * format.channels
+            num_bytes = _num_bytes(found, format.channels)
             pixels = folder / PIXELS
             if pixels.exists() and pixels.stat().st_size == num_bytes:
                 found["location"]["part"] = len(parts)
@@ -282,6 +296,11 @@ def _whole_parts(store: Path, format: ImageFormat) -> tuple[NDArray[np.void], ND
         logger.warning("%s is damaged; the images in it are decoded again", folder)
         shutil.rmtree(folder, ignore_errors=True)
     return np.array(parts, PART), np.concatenate(images)
+
+
+def _num_bytes(images: NDArray[np.void], channels: int) -> int:
+    rows, columns = images["location"]["rows"].astype(np.int64), images["location"]["columns"]
+    return int((rows * columns).sum()) * channels
 
 
 def _remove_unused_parts(store: Path) -> None:
@@ -311,56 +330,141 @@ class _Reports:
 
 
 @dataclass
-class _Decoding:
-    """Images that are put one after the other into a file, each content once.
+class _Part:
+    """Images one after the other in a file.
 
     Attributes:
-        known: The SHA-256 of each image that need not be decoded, and its number; those that are decoded are added.
-        first: Number of the first image in the file.
-        images: Digest and location of each image in the file.
-        numbers: The number of each path's image, -1 where it cannot be read.
-        failures: Paths that cannot be read, each with the reason.
+        file: The file.
+        images: Digest and location of each image.
         num_bytes: Size of the file.
     """
 
-    known: dict[bytes, int]
-    first: int
+    file: BinaryIO
     images: list[tuple[bytes, tuple[int, int, int, int]]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def append(self, digest: bytes, pixels: NDArray[np.uint8]) -> None:
+        self.file.write(np.ascontiguousarray(pixels).data)
+        # Nothing counts before this line, should an interrupt come in between.
+        self.images.append((digest, (0, self.num_bytes, pixels.shape[0], pixels.shape[1])))
+        self.num_bytes += pixels.nbytes
+
+
+class _NewParts:
+    """Parts on disk that images are put into, each finished once it is large enough.
+
+    Attributes:
+        parts: Name and size of each finished part.
+        images: The images of each finished part, as in its index, but with the part's number.
+    """
+
+    def __init__(self, store: Path, first: int, channels: int) -> None:
+        self.parts: list[tuple[str, int]] = []
+        self.images: list[NDArray[np.void]] = []
+        self._store, self._first, self._channels = store, first, channels
+        self._part: _Part | None = None
+
+    def append(self, digest: bytes, pixels: NDArray[np.uint8]) -> None:
+        if self._part is None:
+            self._part = _Part((self._store / UNFINISHED).open("wb"))
+        self._part.append(digest, pixels)
+        bytes_before = sum(num_bytes for _, num_bytes in self.parts)
+        images_before = sum(map(len, self.images))
+        if self._part.num_bytes >= max(PART_BYTES, LARGEST_SHARE * bytes_before) or len(self._part.images) >= max(
+            PART_IMAGES, LARGEST_SHARE * images_before
+        ):
+            self.finish()
+
+    def finish(self) -> None:
+        """Make a part of the images that are in none yet."""
+        part, self._part = self._part, None
+        if part is None:
+            return
+        images = np.array(part.images, IMAGE)
+        num_bytes = _num_bytes(images, self._channels)
+        with part.file as file:
+            file.truncate(num_bytes)  # an interrupted image may have left some bytes
+        if len(images):
+            name = uuid.uuid4().hex
+            with new_folder(self._store / PARTS / name) as aside:
+                (self._store / UNFINISHED).rename(aside / PIXELS)
+                _write_arrays(aside / INDEX, images)
+            images["location"]["part"] = self._first + len(self.parts)
+            self.images.append(images)
+            self.parts.append((name, num_bytes))
+
+    def discard(self) -> None:
+        """Remove the images that are in no part."""
+        if self._part is not None:
+            with suppress(OSError):  # what is buffered finds no space
+                self._part.file.close()
+        (self._store / UNFINISHED).unlink(missing_ok=True)
+
+
+@dataclass
+class _Decoding:
+    """Images that are decoded, each content once.
+
+    Attributes:
+        known: The SHA-256 of each image that need not be decoded, and its number; those that are decoded are added.
+        next_number: The number that the next new image gets.
+        numbers: The number of each path's image, -1 where it cannot be read.
+        failures: Paths that cannot be read, each with the reason.
+        num_bytes: Size of what was decoded.
+    """
+
+    known: dict[bytes, int]
+    next_number: int
     numbers: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     num_bytes: int = 0
 
-    def run(self, paths: Sequence[Path], file: BinaryIO, format: ImageFormat, reports: _Reports) -> None:
-        """Decode in as many threads as there are CPUs; the caller's thread writes, in the order of ``paths``."""
+    def run(
+        self,
+        paths: Sequence[Path],
+        append: Callable[[bytes, NDArray[np.uint8]], None],
+        format: ImageFormat,
+        reports: _Reports,
+    ) -> None:
+        """Decode in as many threads as there are CPUs; the caller's thread appends, in the order of ``paths``."""
         threads = num_cpus()
         with ThreadPoolExecutor(threads, thread_name_prefix="fishr-decode") as pool:
-            tasks = (pool.submit(self._decode, path, format) for path in paths)
-            for path, task in zip(paths, _looking_ahead(tasks, PENDING_PER_THREAD * threads), strict=True):
-                try:
-                    digest, pixels = task.result()
-                except UnreadableImageError as error:
-                    self.failures.append(f"{path} ({error})")
+            tasks = (
+                pool.submit(self._decode_all, paths[start : start + PATHS_PER_TASK], format)
+                for start in range(0, len(paths), PATHS_PER_TASK)
+            )
+            done = (image for task in _looking_ahead(tasks, TASKS_PER_THREAD * threads) for image in task.result())
+            for path, image in zip(paths, done, strict=True):
+                if isinstance(image, UnreadableImageError):
+                    self.failures.append(f"{path} ({image})")
                     self.numbers.append(-1)
                 else:
+                    digest, pixels = image
                     # Another file with the same content may have come in between.
                     if pixels is not None and digest not in self.known:
-                        self._append(digest, pixels, file)
+                        append(digest, pixels)
+                        self.known[digest] = self.next_number
+                        self.num_bytes += pixels.nbytes
+                        self.next_number += 1
                     self.numbers.append(self.known[digest])
                 reports.one_more()
 
-    def _decode(self, path: Path, format: ImageFormat) -> tuple[bytes, NDArray[np.uint8] | None]:
+    def _decode_all(self, paths: Sequence[Path], format: ImageFormat) -> list[_Decoded | UnreadableImageError]:
+        images: list[_Decoded | UnreadableImageError] = []
+        for path in paths:
+            try:
+                images.append(self._decode(path, format))
+            except UnreadableImageError as error:
+                images.append(error)
+        return images
+
+    def _decode(self, path: Path, format: ImageFormat) -> _Decoded:
         try:
             content = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise UnreadableImageError(getattr(error, "strerror", None) or str(error)) from error
         digest = hashlib.sha256(content).digest()
         return digest, None if digest in self.known else format.decode(content)
-
-    def _append(self, digest: bytes, pixels: NDArray[np.uint8], file: BinaryIO) -> None:
-        file.write(np.ascontiguousarray(pixels).data)
-        self.known[digest] = self.first + len(self.images)
-        self.images.append((digest, (0, self.num_bytes, pixels.shape[0], pixels.shape[1])))
-        self.num_bytes += pixels.nbytes
 
 
 def _looking_ahead(tasks: Iterable[Future[Any]], ahead: int) -> Iterator[Future[Any]]:

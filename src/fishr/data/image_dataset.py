@@ -40,7 +40,7 @@ def image_dataset(
     channels: int = 3,
     augmentation: Augmentation = "domainbed",
     cache: CacheMode = "disk",
-    cache_folder: Path | None = None,
+    cache_folder: Path | str | None = None,
 ) -> MultiDomainDataset:
     """A user's own images: a folder DOMAIN/CLASS/image, or a manifest (CSV or Parquet).
 
@@ -82,7 +82,7 @@ def benchmark_dataset(
     channels: int = 3,
     augmentation: Augmentation = "domainbed",
     cache: CacheMode = "disk",
-    cache_folder: Path | None = None,
+    cache_folder: Path | str | None = None,
 ) -> MultiDomainDataset:
     """One of :data:`fishr.data.listing.BENCHMARKS` from the data root; else as :func:`image_dataset`."""
     listing = list_benchmark(name, data_root(root))
@@ -99,7 +99,7 @@ def _dataset(
     channels: int,
     augmentation: Augmentation,
     cache: CacheMode,
-    cache_folder: Path | None,
+    cache_folder: Path | str | None,
 ) -> MultiDomainDataset:
     image_format = ImageFormat(image_size, channels)
     _check_options(subset, augmentation, cache)
@@ -113,6 +113,7 @@ def _dataset(
     }
     domains = {name: _spread(domain, subset) for name, domain in listing.domains.items()}
     paths = [listing.root / path for domain in domains.values() for path in domain.paths.to_pylist()]
+    cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
     files = ImageFiles(paths, image_format, cache, cache_folder)
     samples, first = {}, 0
     for name, domain in domains.items():

@@ -46,17 +46,19 @@ class ImageFormat:
     """What a network takes: square images of ``size`` pixels, 1 (gray), 3 (RGB) or 4 (RGBA) channels.
 
     Raises:
-        ConfigError: a size below 1, or another number of channels.
+        ConfigError: a size that is no whole number of pixels or below 1, or another number of channels.
     """
 
     size: int
     channels: int = 3
 
     def __post_init__(self) -> None:
+        if type(self.size) is not int:
+            raise ConfigError(f"image size must be a whole number of pixels, got {self.size!r}")
         if self.size < 1:
             raise ConfigError(f"image size must be at least 1 pixel, got {self.size}")
-        if self.channels not in MODES:
-            raise ConfigError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got {self.channels}")
+        if type(self.channels) is not int or self.channels not in MODES:
+            raise ConfigError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got {self.channels!r}")
 
     @property
     def shorter_side(self) -> int:

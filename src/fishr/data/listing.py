@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import posixpath
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,8 +160,8 @@ def list_folder(path: Path, *, strict: bool = False) -> ImageListing:
         strict: Refuse classes that are missing from a domain, instead of warning.
 
     Raises:
-        DataError: no such folder, another layout, a domain without images, fewer than two classes, a name that is
-            no UTF-8; with ``strict`` a class without images in some domain.
+        DataError: no such folder, another layout, a domain without images, a name that is no UTF-8; with
+            ``strict`` a class without images in some domain.
     """
     root = path.expanduser().absolute()
     top = _scan(root, root, frozenset())
@@ -198,11 +199,11 @@ def list_folder(path: Path, *, strict: bool = False) -> ImageListing:
 def read_manifest(path: Path, *, strict: bool = False) -> ImageListing:
     """List the images that a table names: one row for each, with columns path, label, domain [, split] [, group].
 
-    Paths are absolute or relative to the manifest's folder; files need not exist (see :func:`file_sizes`). Labels and
-    domains are text: 007 stays 007, whole numbers in Parquet become text. A split column decides the out-split
-    (:data:`OUT_SPLIT`). Images of the same group belong together; an empty group is a group of its own. Other columns
-    are ignored, with a warning where one is spelled nearly like split or group. Rows in messages are numbered from 1; a
-    CSV file's header is row 1.
+    Paths are absolute or relative to the manifest's folder; ``./a//b/../c.png`` is the same as ``a/c.png``. Files need
+    not exist (see :func:`file_sizes`). Labels and domains are text: 007 stays 007, whole numbers in Parquet become
+    text. A split column decides the out-split (:data:`OUT_SPLIT`). Images of the same group belong together; an empty
+    group is a group of its own. Other columns are ignored, with a warning where one is spelled nearly like split or
+    group. Rows in messages are numbered from 1; a CSV file's header is row 1.
 
     Args:
         path: A .csv file (UTF-8, with or without byte order mark) or a .parquet file.
@@ -210,8 +211,7 @@ def read_manifest(path: Path, *, strict: bool = False) -> ImageListing:
 
     Raises:
         DataError: a file that cannot be read, missing columns, empty cells, a path that stands there twice, unknown
-            values of split, a domain without in-split, fewer than two classes; with ``strict`` a class without images
-            in some domain.
+            values of split; with ``strict`` a class without images in some domain.
     """
     path = path.expanduser().absolute()
     root = path.parent
@@ -239,11 +239,6 @@ def read_manifest(path: Path, *, strict: bool = False) -> ImageListing:
             None if out is None else out[part],
             None if groups is None else groups[start:end],
         )
-        if out is not None and out[part].all():
-            raise DataError(
-                f"all {len(part)} rows of domain {name!r} in {path} are in the out-split, which leaves none to train "
-                "on: give some of them the split 'train'"
-            )
     listing = ImageListing(path.stem, root, tuple(classes), listings)
     _check_classes(listing, (), strict)
     return listing
@@ -432,18 +427,15 @@ def _check_layout(root: Path, found: Mapping[str, Sequence[object]], strays: Seq
 
 
 def _check_classes(listing: ImageListing, named: Iterable[str], strict: bool) -> None:
-    """Raises DataError for fewer than two classes; tells which domains lack which classes.
+    """Tells which domains lack which classes.
+
+    Classes may be as few as one: such data cannot be trained on, but a model can be evaluated with them.
 
     Args:
         listing: The listing.
         named: Further names of classes, of which there may be no image at all.
-        strict: Raise, instead of logging a warning.
+        strict: Raise DataError, instead of logging a warning.
     """
-    if len(listing.classes) < 2:
-        raise DataError(
-            f"{listing.name!r} in {listing.root} has images of one class, {listing.classes[0]!r}: expected at least 2 "
-            "to tell apart"
-        )
     everywhere = sorted({*named, *listing.classes})
     missing = []
     for domain, part in listing.domains.items():
@@ -583,9 +575,11 @@ def _known_columns(path: Path, found: Sequence[str]) -> list[str]:
         for name in missing:
             near = difflib.get_close_matches(name, others, n=1)
             hints.append(f"{name!r} (called {others[near[0]]!r}?)" if near else repr(name))
+        is_split_otherwise = path.suffix.lower() == ".csv" and any(mark in "".join(found) for mark in ";\t")
         raise DataError(
             f"{path} lacks the {'column' if len(missing) == 1 else 'columns'} {', '.join(hints)}: found "
             f"{_few([repr(name) for name in found], 20) or 'none'}; expected {_expected_columns()}"
+            f"{', with commas between the columns' if is_split_otherwise else ''}"
         )
     twice = [name for name in known if found.count(name) > 1]
     if twice:
@@ -602,12 +596,29 @@ def _expected_columns() -> str:
 
 
 def _relative_paths(paths: pa.StringArray, root: Path) -> pa.StringArray:
-    """Absolute paths that lie below the root made relative, so that they name the same file in the same way."""
+    """Paths without detours, and relative if they lie below the root, so that they name a file in one way.
+
+    As everywhere in this module no file is looked at: ``..`` after a link is taken as if the link were a folder.
+    """
     prefix = root.as_posix().rstrip("/") + "/"
+    detours = pc.or_(pc.match_substring(paths, "./"), pc.match_substring(paths, "//")).fill_null(False)
+    if pc.any(detours).as_py():
+        straight = pa.array((_straight(path, prefix) for path in _iterate(paths.filter(detours))), pa.string())
+        paths = pc.replace_with_mask(paths, detours, straight)
     below = pc.starts_with(paths, prefix)
     if not pc.any(below).as_py():
         return paths
     return pc.if_else(below, pc.utf8_slice_codeunits(paths, len(prefix)), paths)
+
+
+def _straight(path: str, prefix: str) -> str:
+    path = posixpath.normpath(path)
+    if path.startswith("//"):  # which POSIX leaves open, and systems take for one
+        path = path[1:]
+    if path.startswith("../"):  # may lead back to the root
+        whole = posixpath.normpath(prefix + path)
+        return whole if whole.startswith(prefix) else path
+    return path
 
 
 def _is_blank(texts: pa.StringArray) -> NDArray[np.bool_]:

@@ -1,7 +1,8 @@
 """Splits and batches as functions of their seeds alone: a continued run sees what an unbroken one would have seen."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,24 +18,31 @@ _SPLIT, _BATCH, _AUGMENT = 0x5917, 0xBA7C, 0xA06E
 """Second word of the seeds, so that splits, batches and transforms never share a stream of random numbers."""
 
 
-def split_dataset(dataset: MultiDomainDataset, out_fraction: float, trial: int) -> dict[str, tuple[Tensor, Tensor]]:
+def split_dataset(
+    dataset: MultiDomainDataset, out_fraction: float, trial: int, held_out: Collection[str] = ()
+) -> dict[str, tuple[Tensor, Tensor]]:
     """In-split and out-split of every domain.
 
     A split fixed by the data's owner stays as it is. Domains with groups are split by :func:`split_groups`, all others
-    by :func:`split_indices`.
+    by :func:`split_indices`. Domains that are not trained on, held out or for evaluation only, need not have both: if
+    all their samples would lie in the out-split they make the in-split, as what is reported of such a domain is its
+    in-accuracy.
 
     Args:
         dataset: The data.
         out_fraction: Share of the out-split, in [0, 1); 0 leaves it empty.
         trial: Seed of the splits.
+        held_out: Domains that are not trained on.
 
     Returns:
         For each domain the sorted indices of its in-split and of its out-split.
 
     Raises:
         ConfigError: a share outside [0, 1).
-        DataError: a domain with too few samples or groups for an out-split.
+        DataError: a domain to train on with too few samples or groups for both splits, or whose owner gave it but
+            one; a fixed split that puts samples of a group, in domains to train on, on both sides.
     """
+    trained_on = [name for name in dataset.trainable_domains if name not in held_out]
     splits = {}
     by_group = split_groups(dataset.groups, out_fraction, trial)
     for index, (name, samples) in enumerate(dataset.domains.items()):
@@ -45,27 +53,49 @@ def split_dataset(dataset: MultiDomainDataset, out_fraction: float, trial: int) 
             out = by_group[name]
         else:
             splits[name] = split_indices(size, out_fraction, trial, index)
-            if out_fraction > 0 and len(splits[name][1]) == 0:
+            if out_fraction > 0 and len(splits[name][1]) == 0 and name in trained_on:
+                least = next(size for size in count(1) if int(size * out_fraction) > 0)
                 raise DataError(
-                    f"domain {name!r} has {size} samples, too few for an out-split of {out_fraction:.0%}: "
-                    "use more of its samples, or out_fraction=0"
+                    f"domain {name!r} has {size} samples, too few for an out-split of {100 * out_fraction:.3g}%: "
+                    f"use more of its samples, at least {least}"
                 )
             continue
+        if out_fraction > 0 and name in trained_on:
+            _check_both(dataset, name, out)
+        if out.all() and name not in trained_on:
+            out = ~out
         splits[name] = torch.from_numpy(np.flatnonzero(~out)), torch.from_numpy(np.flatnonzero(out))
-        if out_fraction > 0 and min(map(len, splits[name])) == 0:
-            raise DataError(
-                f"domain {name!r} has nothing in its {'in' if out.all() else 'out'}-split: its {size} samples "
-                "need both splits, or more groups than one"
-            )
     if out_fraction > 0:
-        _check_groups(dataset, splits)
+        _check_groups(dataset, {name: splits[name] for name in trained_on})
     return splits
 
 
+def _check_both(dataset: MultiDomainDataset, name: str, out: NDArray[np.bool_]) -> None:
+    """Raises DataError for a split of a domain by its owner or by groups, one side of which is empty."""
+    if out.any() and not out.all():
+        return
+    side, other = ("in", "out") if out.all() else ("out", "in")
+    if name in dataset.fixed_out:
+        advice = "give some of them the split " + ("'train'" if out.all() else "'val'")
+    elif len(np.unique(dataset.groups[name])) == 1:
+        advice = "they are one group, which is not divided, and at least 2 groups are needed"
+    else:
+        advice = "choose another out_fraction or trial, or use more of its groups"
+    raise DataError(
+        f"domain {name!r} of {dataset.name!r}, which is trained on, has nothing in its {side}-split: all its "
+        f"{len(out)} samples are in the {other}-split: {advice}"
+    )
+
+
 def _check_groups(dataset: MultiDomainDataset, splits: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Raises DataError for groups that a fixed split puts on both sides."""
+    """Raises DataError for groups that a fixed split puts on both sides, in the domains whose splits these are."""
     inside, outside = (
-        {group for name, of_domain in dataset.groups.items() for group in of_domain[splits[name][side]].tolist()}
+        {
+            group
+            for name, sides in splits.items()
+            if name in dataset.groups
+            for group in dataset.groups[name][sides[side]].tolist()
+        }
         for side in (0, 1)
     )
     if torn := len(inside & outside):

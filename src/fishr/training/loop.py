@@ -385,7 +385,9 @@ def _fabric(device: str, config: RunConfig) -> Fabric:
 def _split_all(dataset: MultiDomainDataset, config: RunConfig) -> dict[str, dict[Split, Samples]]:
     """In- and out-split of every domain; a domain without an out-split has only ``"in"``."""
     all_splits: dict[str, dict[Split, Samples]] = {}
-    for name, (inside, outside) in split_dataset(dataset, config.out_fraction, config.trial).items():
+    for name, (inside, outside) in split_dataset(
+        dataset, config.out_fraction, config.trial, config.test_domains
+    ).items():
         samples = dataset.domains[name]
         if len(outside) == 0:
             all_splits[name] = {"in": samples}
