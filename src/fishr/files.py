@@ -1,10 +1,14 @@
 """Writing files and folders so that a reader sees the old or the new, never a half."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CHECKSUMS = "SHA256SUMS"
+"""Name of a file with :func:`checksums`."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,6 +50,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def checksums(folder: Path, *names: str) -> str:
+    """SHA-256 of files in a folder, a line each, as ``sha256sum`` writes and ``sha256sum -c`` reads them."""
+    lines = []
+    for name in names:
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:

@@ -262,4 +262,9 @@ def test_an_export_that_differs_is_an_error(model, images, capsys, converted, mo
     monkeypatch.setattr(export, "_compare", lambda *_: (0.25, False))
     message = error_of(capsys, "export", model, "--images", images)
     assert "differs from the original: probabilities of 7 samples by up to 0.25 in onnxruntime" in message
-    assert sorted(path.name for path in model.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in model.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "model.json",
+        "model.safetensors",
+    ]

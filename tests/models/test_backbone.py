@@ -4,6 +4,7 @@ import http.server
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -312,6 +313,7 @@ def test_a_files_digest_and_what_lies_beside_it(saved: tuple[Path, Any]) -> None
     file, _ = saved
     config = backbone_config("test_resnet", weights=file)
     assert config.weights == f"sha256:{sha256(file.read_bytes()).hexdigest()}"
+    assert backbone_config("test_resnet", weights=str(file)) == config
     assert config.options["frozen_batch_norm"] is True
     assert config.options["std"] == [0.5, 0.5, 0.5]  # what timm knows
     beside = file.with_name("config.json")
@@ -529,12 +531,31 @@ def test_damaged_files(suffix: str, damage: Callable[[bytes], bytes], saved: tup
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"epoch": 3}, {"a": 1, "b": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {}, {"state_dict": {}}, {"epoch": 3}, {"a": 1, "b": torch.zeros(1)}, {"state_dict": {1: torch.zeros(1)}}],
+)
 def test_files_without_weights(content: object, tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
     torch.save(content, file)
     with pytest.raises(ConfigError, match=rf"^{file} holds no weights: names with a tensor each were expected$"):
         load_from(file, backbone())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite(value: float, saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    _, state = saved
+    broken = {name: weight.double() if weight.is_floating_point() else weight for name, weight in state.items()}
+    for name in ("layer2.0.conv1.weight", "layer4.0.conv1.weight"):
+        broken[name][0, 0, 0, 0] = value
+    file = tmp_path / "broken.pt"
+    torch.save(broken, file)
+    network = backbone()
+    before = {name: weight.clone() for name, weight in network.network.state_dict().items()}
+    message = rf"^{file} has weights that are not finite, first in layer2\.0\.conv1\.weight: "
+    with pytest.raises(ConfigError, match=message):
+        load_from(file, network)
+    assert_has_weights(network, before)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -656,6 +677,24 @@ def test_offline_with_an_empty_cache(hub_cache: Path) -> None:
         load_initial_weights(backbone(), f"hub:{HUB_ID}", None)
 
 
+def test_without_a_network_it_gives_up_at_once_in_one_line(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        close_session()
+        started = time.monotonic()
+        with pytest.raises(DataError, match=NOT_TO_BE_HAD):
+            load_initial_weights(backbone(), f"hub:{HUB_ID}", None)
+    assert time.monotonic() - started < 6
+    assert capfd.readouterr() == ("", "")
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """A hub that has one file, refuses, or breaks off."""
 
@@ -673,7 +712,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(self.content)
-        elif self.refuse:
+        elif self.refuse or self.content is not None:
             self.send_error(403)
         else:
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -723,7 +762,9 @@ def test_a_hub_that_refuses_or_breaks_off(refuse: bool, hub: type[Hub]) -> None:
     hub.refuse = refuse
     with pytest.raises(DataError, match=NOT_TO_BE_HAD) as error:
         load_initial_weights(backbone(), f"hub:{HUB_ID}", None)
-    assert f"/{HUB_ID}/resolve/main/model.safetensors" in hub.asked
+    assert hub.asked[0] == "/"
+    # Who breaks off is not asked again.
+    assert (f"/{HUB_ID}/resolve/main/model.safetensors" in hub.asked) is refuse
     assert ("403" in str(error.value)) is refuse
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from torch import nn
 
 from fishr.data.image_format import ImageFormat
 from fishr.errors import DataError, FishrError
+from fishr.files import checksums
 from fishr.models import FEATURIZERS, ModelCard, ModelConfig, SavedModel, build_model, load_model, save_model
 from fishr.models.backbone import backbone_config
 from fishr.models.card import card_as_markdown
@@ -32,17 +32,15 @@ def saved(tmp_path: Path) -> Path:
 
 
 def change_card(folder: Path, **changes: Any) -> None:
+    """Change the card and its checksum, as somebody would who means harm."""
     content = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(content | changes))
-
-
-def digest_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    vouch_for(folder)
 
 
 def vouch_for(folder: Path) -> None:
-    """Make the card name the weights that lie there, as somebody would who means harm."""
-    change_card(folder, weights_sha256=digest_of(folder / "model.safetensors"))
+    """Write the checksums of what lies there."""
+    (folder / "SHA256SUMS").write_text(checksums(folder, "model.json", "model.safetensors"))
 
 
 # Round trip
@@ -52,7 +50,8 @@ def vouch_for(folder: Path) -> None:
 def test_saved_and_loaded_it_is_the_same(binary: bool, tmp_path: Path) -> None:
     original = model(binary=binary, classes=("ant", "bee") if binary else ("ant", "bee", "cat"))
     save_model(tmp_path, original)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    files = ["README.md", "SHA256SUMS", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     loaded = load_model(tmp_path)
     inputs = torch.randn(20, 2, 4)
     assert torch.equal(loaded(inputs), original(inputs))
@@ -75,8 +74,7 @@ def test_the_global_random_state_does_not_matter(saved: Path) -> None:
 
 def test_the_card_is_for_people_too(saved: Path) -> None:
     assert json.loads((saved / "model.json").read_text()) == {
-        "format": 1,
-        "weights_sha256": digest_of(saved / "model.safetensors"),
+        "format": 2,
         "model": {"featurizer": "mlp", "options": {"width": 6}, "init": "default", "weights": None},
         "input_shape": [2, 4],
         "classes": ["ant", "bee", "cat"],
@@ -96,7 +94,7 @@ def test_the_format_of_images_is_on_the_card(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a usable saved model: ConfigError: images have 1 \(gray\), 3 \(RGB\)"):
         load_model(tmp_path)
     change_card(tmp_path, image_format={"size": 8, "quality": 3})
-    with pytest.raises(DataError, match=r"is not a usable saved model: TypeError: .*'quality'"):
+    with pytest.raises(DataError, match=r"is not a usable saved model: ValueError: image_format must be .*'quality'"):
         load_model(tmp_path)
 
 
@@ -162,7 +160,7 @@ def test_probabilities_of_several_logits() -> None:
 # Not a model
 
 
-@pytest.mark.parametrize("missing", ["model.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", ["model.json", "model.safetensors", "SHA256SUMS"])
 def test_a_missing_file(saved: Path, missing: str) -> None:
     (saved / missing).unlink()
     with pytest.raises(DataError, match=rf"^{saved} is not a saved model: {missing} is missing$"):
@@ -185,16 +183,20 @@ def test_a_file_in_place_of_the_folder(saved: Path) -> None:
         (b"", "JSONDecodeError"),
         (b"{", "JSONDecodeError"),
         (b"\xff\xfe", "UnicodeDecodeError"),
-        (b"[]", "TypeError"),
-        (b"null", "TypeError"),
-        (b"{}", "KeyError: 'format'"),
-        (b'{"format": 1}', "KeyError: 'image_format'"),
-        (b'{"format": 1, "image_format": null}', "KeyError: 'model'"),
-        (b'{"version": 3, "name": "somebody else\'s"}', "KeyError: 'format'"),
+        (b"[]", "ValueError: the card must be"),
+        (b"null", "ValueError: the card must be"),
+        (b"{}", "ValueError: the card must be with a format"),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"format": 2}', "KeyError: 'model'"),
+        (b'{"format": 2, "model": {}, "input_shape": [], "classes": [], "binary": false}', "TypeError: .*featurizer"),
+        (b'{"version": 3, "name": "somebody else\'s"}', "ValueError: the card must be with a format"),
     ],
 )
 def test_a_foreign_card(saved: Path, content: bytes, reason: str) -> None:
     (saved / "model.json").write_bytes(content)
+    with pytest.raises(DataError, match=CHANGED.format(saved, "model.json")):
+        load_model(saved)
+    vouch_for(saved)
     with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: {reason}"):
         load_model(saved)
 
@@ -202,11 +204,32 @@ def test_a_foreign_card(saved: Path, content: bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, r"model.json is of another format version; this version reads format 1$"),
-        ({"model": "mlp"}, r"is not a usable saved model: TypeError"),
+        ({"model": "mlp"}, r"model must be a mapping, got 'mlp'$"),
         ({"model": {"featurizer": "mlp", "depth": 3}}, r"is not a usable saved model: TypeError: .*'depth'"),
-        ({"input_shape": 8}, r"is not a usable saved model: TypeError"),
-        ({"classes": None}, r"is not a usable saved model: TypeError"),
+        ({"model": {"featurizer": ["mlp"]}}, r"featurizer must be text"),
+        ({"model": {"featurizer": "mlp", "options": [6]}}, r"options must be a mapping"),
+        ({"model": {"featurizer": "mlp", "init": {}}}, r"init must be text"),
+        ({"model": {"featurizer": "mlp", "weights": 3}}, r"weights must be text or null"),
+        ({"model": {"featurizer": "timm"}}, r"KeyError: 'name'"),
+        ({"model": {"featurizer": "mlp", "options": {"width": "6"}}}, r"cannot be built"),
+        ({"model": {"featurizer": "mlp", "options": {"width": 10**15}}}, r"cannot be built: RuntimeError"),
+        ({"model": {"featurizer": "mlp", "options": {"width": 10**30}}}, r"cannot be built"),
+        ({"model": {"featurizer": "mlp", "init": "zeros"}}, r"cannot be built: init must be"),
+        *(({"input_shape": value}, r"input_shape must be positive whole") for value in (8, [], [2, 0], [2.0], [True])),
+        *(
+            ({"classes": value}, r"classes must be two or more different names")
+            for value in (None, "abc", ["a"], ["a", "a", "b"], ["a", "b", 3])
+        ),
+        ({"classes": ["a", "\ud800", "c"]}, r"UnicodeEncodeError"),
+        ({"binary": True}, r"classes must be two different names"),
+        ({"binary": 1}, r"binary must be true or false"),
+        ({"image_format": 32}, r"image_format must be null, or size and channels"),
+        ({"image_format": {"size": 32.5, "channels": 3}, "input_shape": [3, 32, 32]}, r"as whole numbers, got .*32\.5"),
+        ({"image_format": {"size": 32, "channels": 3}, "input_shape": [3, 32, 31]}, r"must be \[3, 32, 32\], as image"),
+        ({"provenance": []}, r"provenance must be a mapping"),
+        ({"provenance": {"config": 3}}, r"config must be a mapping"),
+        ({"provenance": {"config": {"data": ["mnist"]}}}, r"data must be text"),
+        ({"provenance": {"versions": ["1"]}}, r"AttributeError"),
     ],
 )
 def test_a_card_that_says_something_else(saved: Path, change: dict[str, Any], message: str) -> None:
@@ -225,7 +248,7 @@ def test_a_card_that_names_an_unknown_network(saved: Path) -> None:
     ("change", "which"),
     [
         ({"classes": ["ant", "bee"]}, "classifier.weight"),
-        ({"binary": True}, "classifier.weight"),
+        ({"binary": True, "classes": ["ant", "bee"]}, "classifier.weight"),
         ({"input_shape": [3, 4]}, "featurizer.1.weight"),
         ({"model": {"featurizer": "mlp", "options": {"width": 5}}}, "featurizer.1.weight"),
         ({"model": {"featurizer": "mlp", "options": {"width": 6, "depth": 3}}}, "featurizer.5.weight"),
@@ -234,7 +257,7 @@ def test_a_card_that_names_an_unknown_network(saved: Path) -> None:
 )
 def test_weights_that_do_not_fit_the_card(saved: Path, change: dict[str, Any], which: str) -> None:
     change_card(saved, **change)
-    with pytest.raises(DataError, match=rf"(?s)^the weights in {saved} do not fit .* model.json: .*{which}"):
+    with pytest.raises(DataError, match=rf"^the weights in {saved} do not fit .* model.json: .*{which}"):
         load_model(saved)
 
 
@@ -249,7 +272,7 @@ def test_other_weights_than_the_cards(saved: Path, change: str) -> None:
         weights["classifier.bias"] = torch.zeros(4)
     save_file(weights, saved / "model.safetensors")
     vouch_for(saved)
-    with pytest.raises(DataError, match=rf"(?s)^the weights in {saved} do not fit .*classifier"):
+    with pytest.raises(DataError, match=rf"^the weights in {saved} do not fit .*classifier"):
         load_model(saved)
 
 
@@ -269,14 +292,14 @@ def other_header(content: bytes) -> bytes:
     return content.replace(b"F32", b"F99", 1)
 
 
-CHANGED = r"^{}/model.safetensors is not the file that model.json was written with: it was changed or damaged$"
+CHANGED = r"^{}: {} is not the file that was saved: it was changed or damaged$"
 
 
 @pytest.mark.parametrize("tamper", [cut, without_header, longer, other_header, lambda _: b"", lambda _: b"x" * 100])
 def test_weights_that_are_damaged(saved: Path, tamper: Any) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(tamper(file.read_bytes()))
-    with pytest.raises(DataError, match=CHANGED.format(saved)):
+    with pytest.raises(DataError, match=CHANGED.format(saved, "model.safetensors")):
         load_model(saved)
     vouch_for(saved)
     with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: SafetensorError"):
@@ -290,7 +313,7 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_found(saved: Path) -> None:
         changed = bytearray(content)
         changed[place] ^= 1
         file.write_bytes(changed)
-        with pytest.raises(DataError, match=CHANGED.format(saved)):
+        with pytest.raises(DataError, match=CHANGED.format(saved, "model.safetensors")):
             load_model(saved)
     file.write_bytes(content)
     load_model(saved)
@@ -299,15 +322,100 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_found(saved: Path) -> None:
 def test_weights_of_another_model_of_the_same_shape_are_found(saved: Path) -> None:
     weights = {name: value + 1 for name, value in load_file(saved / "model.safetensors").items()}
     save_file(weights, saved / "model.safetensors")
-    with pytest.raises(DataError, match=CHANGED.format(saved)):
+    with pytest.raises(DataError, match=CHANGED.format(saved, "model.safetensors")):
         load_model(saved)
 
 
-def test_a_card_without_a_checksum_is_refused(saved: Path) -> None:
-    content = json.loads((saved / "model.json").read_text())
-    del content["weights_sha256"]
-    (saved / "model.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: KeyError: 'weights_sha256'$"):
+def test_an_edited_card_is_found(saved: Path) -> None:
+    """Also where it would load."""
+    file = saved / "model.json"
+    written = file.read_text()
+    for edited in (written.replace('"ant"', '"bee"', 1).replace('"bee"', '"ant"', 2), written + " "):
+        assert edited != written
+        file.write_text(edited)
+        with pytest.raises(DataError, match=CHANGED.format(saved, "model.json")):
+            load_model(saved)
+    file.write_text(written)
+    load_model(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"no sums\n", b"\xff\xfe\x00"])
+def test_damaged_checksums(saved: Path, content: bytes) -> None:
+    (saved / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{saved}(: model.json is not the file| is not a usable .*UnicodeDecode)"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2", None])
+def test_another_format_version_is_said_before_anything_else(saved: Path, version: object) -> None:
+    """Whatever else that version has or lacks."""
+    for name in ("SHA256SUMS", "model.safetensors"):
+        (saved / name).unlink()
+    (saved / "model.json").write_text(json.dumps({"format": version}))
+    message = rf"^{saved}/model.json is of another format version; this version reads format 2$"
+    with pytest.raises(DataError, match=message):
+        load_model(saved)
+
+
+CONFIG: dict[str, Any] = {
+    "data": "pacs",
+    "data_options": {"seed": 0},
+    "test_domains": ["sketch"],
+    "algorithm": "erm",
+    "hparams": {},
+    "steps": 5,
+    "seed": 0,
+    "trial": 0,
+    "average": None,
+    "select": True,
+    "out_fraction": 0.2,
+}
+PROVENANCE: dict[str, Any] = {
+    "config": CONFIG,
+    "step": 5,
+    "train_domains": ["photo"],
+    "accuracy": {"photo": {"in": 0.5}},
+    "versions": {"fishr": "1"},
+}
+
+
+@pytest.mark.parametrize("key", [name for name in PROVENANCE if name not in ("train_domains", "versions")])
+def test_provenance_of_a_run_is_whole(saved: Path, key: str) -> None:
+    change_card(saved, provenance=PROVENANCE)
+    assert load_model(saved).card.provenance == PROVENANCE
+    change_card(saved, provenance={name: value for name, value in PROVENANCE.items() if name != key})
+    with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: .*{key}"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("key", CONFIG)
+def test_config_of_a_run_is_whole(saved: Path, key: str) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    change_card(saved, provenance={**PROVENANCE, "config": config})
+    with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: .*(that of a run|'{key}')"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "config"),
+    [
+        ({"train_domains": "photo"}, {}),
+        ({"train_domains": [3]}, {}),
+        ({"accuracy": [0.5]}, {}),
+        ({"accuracy": {"photo": 0.5}}, {}),
+        ({"accuracy": {"photo": {"in": "half"}}}, {}),
+        ({}, {"data": 3}),
+        ({}, {"data_options": ["seed"]}),
+        ({}, {"test_domains": "sketch"}),
+        ({}, {"test_domains": [None]}),
+        ({}, {"hparams": 3}),
+        ({}, {"average": "sma"}),
+    ],
+    ids=repr,
+)
+def test_provenance_of_another_kind(saved: Path, provenance: dict[str, Any], config: dict[str, Any]) -> None:
+    change_card(saved, provenance={**PROVENANCE, "config": {**CONFIG, **config}, **provenance})
+    with pytest.raises(DataError, match=rf"^{saved} is not a usable saved model: [^\n]+$"):
         load_model(saved)
 
 
@@ -323,8 +431,7 @@ def test_a_pickle_is_never_executed(saved: Path, name: str, protocol: int, monke
     monkeypatch.setenv("FISHR_TEST_EXECUTED", str(executed))
     content = pickle.dumps({"format": Malicious()}, protocol=protocol)
     (saved / name).write_bytes(content)
-    if name == "model.safetensors":
-        vouch_for(saved)
+    vouch_for(saved)
     with pytest.raises(DataError, match="is not a usable saved model"):
         load_model(saved)
     assert not executed.exists()

@@ -7,13 +7,15 @@ not with this module: that takes seconds.
 import difflib
 import hashlib
 import json
+import logging
 import math
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +36,8 @@ _REFUSED_ARGUMENTS = frozenset(
     }
 )
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
+_CONNECTION_TIMEOUT = 5.0
+"""Seconds."""
 
 
 class Backbone(nn.Module):
@@ -139,7 +143,7 @@ def backbone_config(
     *,
     channels: int = 3,
     arguments: Mapping[str, Any] | None = None,
-    weights: Literal["hub"] | Path | None = "hub",
+    weights: str | Path | None = "hub",
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     frozen_batch_norm: bool | None = None,
@@ -183,6 +187,7 @@ def backbone_config(
             )
         source = f"hub:{pretrained.hf_hub_id}"
     elif weights is not None:
+        weights = Path(weights)
         source = f"sha256:{_digest(weights)}"
         if mean is None or std is None:
             stated |= _stated_beside(weights)
@@ -215,7 +220,8 @@ def load_initial_weights(featurizer: nn.Module, weights: str, file: Path | None)
         file: Where the weights with that digest are.
 
     Raises:
-        ConfigError: weights of another network, a file with another digest, or not a file of weights.
+        ConfigError: weights of another network, a file with another digest, or not a file of weights, or values that
+            are not finite.
         DataError: weights that are neither in Hugging Face's cache nor can be downloaded, or a file that cannot be
             read.
     """
@@ -329,7 +335,9 @@ def _published_state(backbone: Backbone, hub_id: str) -> dict[str, Tensor]:
     filename = {"filename": pretrained.hf_hub_filename} if pretrained.hf_hub_filename else {}
     ways_out = "give a file with --weights FILE, or train from scratch with --no-pretrained"
     try:
-        state = timm.models.load_state_dict_from_hf(hub_id, weights_only=True, **filename)
+        with _warnings_of_hub_off():
+            _connect_unless_cached(hub_id)
+            state = timm.models.load_state_dict_from_hf(hub_id, weights_only=True, **filename)
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise DataError(
             f"the weights of {hub_id!r} in Hugging Face's cache are damaged ({_one_line(error)}): remove them there, "
@@ -355,6 +363,35 @@ def _published_state(backbone: Backbone, hub_id: str) -> dict[str, Tensor]:
     return loaded
 
 
+def _connect_unless_cached(hub_id: str) -> None:
+    """Ask the hub for a sign of life, once, if nothing of ``hub_id`` is in the cache; raises what the attempt raises.
+
+    Without it, huggingface_hub would retry for most of a minute where there is no network.
+    """
+    import huggingface_hub
+
+    try:
+        cached = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
+        if any(file.suffix == ".safetensors" or file.suffix in _PICKLED for file in cached.iterdir()):
+            return
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        pass
+    # Any answer will do, a refusal too: the download says more.
+    huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_CONNECTION_TIMEOUT)
+
+
+@contextmanager
+def _warnings_of_hub_off() -> Iterator[None]:
+    """Errors are raised; its progress bar stays."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _stored_state(file: Path) -> dict[str, Tensor]:
     """The state dict in a file, without what wrappers add to the names."""
     suffix = file.suffix.lower()
@@ -377,7 +414,11 @@ def _stored_state(file: Path) -> dict[str, Tensor]:
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
+    if not (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    ):
         raise ConfigError(f"{file} holds no weights: names with a tensor each were expected")
     while wrapper := next((each for each in ("module.", "model.") if all(k.startswith(each) for k in content)), None):
         content = {name.removeprefix(wrapper): value for name, value in content.items()}
@@ -409,6 +450,11 @@ def _load(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
             f"{origin} does not hold weights of backbone {backbone.name!r} with arguments {backbone.arguments}: {name} "
             f"has another shape, {tuple(fitting[name].shape)} and not {tuple(own[name].shape)}{more}; give the "
             "arguments it was made with by --backbone-arg"
+        )
+    # In float32, as they will be: what overflows there is not finite either.
+    if broken := next((name for name, value in fitting.items() if not value.float().isfinite().all()), None):
+        raise ConfigError(
+            f"{origin} has weights that are not finite, first in {broken}: the file is damaged or diverged"
         )
     backbone.network.load_state_dict(fitting, strict=False)
 

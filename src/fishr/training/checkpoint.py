@@ -5,7 +5,6 @@ optimizer settings, sums of loss terms) and ``SHA256SUMS``, which ``sha256sum -c
 state: they are functions of seed and step.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -19,9 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fishr.errors import RunError
-from fishr.files import new_folder
+from fishr.files import CHECKSUMS, checksums, new_folder
 
-TENSORS, STATE, CHECKSUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 KEPT = 2
 """Checkpoints kept: the last, and the one before should the last be damaged."""
 
@@ -77,7 +76,7 @@ def save_checkpoint(
         clones = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
         save_file(clones, aside / TENSORS)
         (aside / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        (aside / CHECKSUMS).write_text(_checksums(aside), encoding="utf-8")
+        (aside / CHECKSUMS).write_text(checksums(aside, TENSORS, STATE), encoding="utf-8")
     for stale in list(_newest_first(folder))[KEPT:]:
         shutil.rmtree(stale)
 
@@ -139,16 +138,8 @@ def _newest_first(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("step-*"), reverse=True)
 
 
-def _checksums(folder: Path) -> str:
-    lines = []
-    for name in (TENSORS, STATE):
-        with (folder / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
-
-
 def _is_whole(path: Path) -> bool:
     try:
-        return (path / CHECKSUMS).read_text(encoding="utf-8") == _checksums(path)
+        return (path / CHECKSUMS).read_text(encoding="utf-8") == checksums(path, TENSORS, STATE)
     except (FileNotFoundError, UnicodeDecodeError):
         return False
