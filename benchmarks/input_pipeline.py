@@ -30,9 +30,9 @@ from fishr.reports.tables import markdown_table
 
 METHOD = """Each side makes the same number of batches, drawn at random, of images of 224 by 224 pixels; torchvision
 reads files that the system has in memory, in a DataLoader with one worker process per core; ours reads its cache, in
-threads; both end with normalised float32. Decoding: PIL's open and convert("RGB") of the same files in one process
-per core; the cache: fishr's store_images into an empty folder, digests and fsync included. Ratio: median of the
-ratios of the same round, after a warm-up round."""
+threads; both end with normalised float32 unless it says otherwise. Decoding: PIL's open and convert("RGB") of the
+same files in one process per core; the cache: fishr's store_images into an empty folder, digests and fsync included.
+Ratio: median of the ratios of the same round, after a warm-up round."""
 
 BATCH_SIZE = 96
 CPU = torch.device("cpu")
@@ -40,8 +40,9 @@ MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [
 SIDES: Mapping[str, str] = {
     "torchvision": "torchvision on PIL images, from files",
     "fishr": "fishr, from the warm cache",
-    "fishr-light": "fishr without color (light)",
-    "fishr-none": "fishr, evaluation form",
+    "fishr-uint8": "fishr, left as uint8, as it goes to a device",
+    "fishr-light": "fishr without color (light), uint8",
+    "fishr-none": "fishr, evaluation form, uint8",
     "cache": "reading the cache alone",
 }
 
@@ -88,7 +89,13 @@ def torchvision_batches(paths: Sequence[Path], size: int, batches: int) -> Calla
 
 
 def fishr_batches(
-    paths: Sequence[Path], image_format: ImageFormat, cache: Path, augmentation: Augmentation, batches: int
+    paths: Sequence[Path],
+    image_format: ImageFormat,
+    cache: Path,
+    augmentation: Augmentation,
+    batches: int,
+    *,
+    normalised: bool = False,
 ) -> Callable[[], object]:
     images = Images(ImageFiles(paths, image_format, "disk", cache), np.arange(len(paths)), augmentation)
     seeds = itertools.count()
@@ -98,7 +105,8 @@ def fishr_batches(
         for _ in range(batches):
             indices = torch.from_numpy(generator.integers(len(paths), size=BATCH_SIZE))
             batch = images.augmented(indices, generator.random((BATCH_SIZE, NUM_DRAWS)))
-            (network_input(batch, CPU) - MEAN) / STD
+            if normalised:
+                torch.addcmul(-MEAN / STD, network_input(batch, CPU), 1 / STD)  # as a backbone does
 
     return make
 
@@ -124,7 +132,8 @@ def measure_batches(paths: Sequence[Path], *, size: int, batches: int, repeats: 
         cache = Path(folder)
         jobs = {
             "torchvision": torchvision_batches(paths, size, batches),
-            "fishr": fishr_batches(paths, image_format, cache, "domainbed", batches),
+            "fishr": fishr_batches(paths, image_format, cache, "domainbed", batches, normalised=True),
+            "fishr-uint8": fishr_batches(paths, image_format, cache, "domainbed", batches),
             "fishr-light": fishr_batches(paths, image_format, cache, "light", batches),
             "fishr-none": fishr_batches(paths, image_format, cache, "none", batches),
             "cache": cache_reads(paths, image_format, cache, batches),
