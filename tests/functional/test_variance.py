@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
@@ -285,7 +286,7 @@ def test_custom_ops_pass_the_checks_of_torch(centered, features):
         args = [copied(argument) for argument in args]
         if op.name() == "fishr::head_variances":
             args[:2] = [argument.requires_grad_() for argument in args[:2]]
-        assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
+        assert set(library.opcheck(op, args).values()) == {"SUCCESS"}
 
 
 # Errors. The covariance function checks its arguments at the same place.

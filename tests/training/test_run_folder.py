@@ -76,11 +76,11 @@ def test_an_empty_folder_is_taken(
     ("content", "reason"),
     [
         ("", r"JSONDecodeError: .*"),
-        ('{"format": 1, "data":', r"JSONDecodeError: .*"),
+        ('{"format": 2, "data":', r"JSONDecodeError: .*"),
         ("[]", r"TypeError: .*"),
         ("null", r"AttributeError: .*"),
         ("{}", r"KeyError: 'format'"),
-        ('{"format": 1}', r"KeyError: .*"),
+        ('{"format": 2}', r"KeyError: .*"),
     ],
 )
 def test_a_config_that_cannot_be_read(content: str, reason: str, digits: MultiDomainDataset, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def altered(folder: Path, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, r"config.json was written by another version of fishr: choose another --output$"),
+        ({"format": 1}, r"config.json was written by another version of fishr: choose another --output$"),
         ({"format": None}, r"config.json was written by another version of fishr"),
         ({"algorithm": "fisher"}, r"names something this installation does not have: unknown algorithm 'fisher'"),
         ({"hparams": {"speed": 3}}, r"config.json cannot be read \(TypeError: .*'speed'"),

@@ -18,7 +18,7 @@ which DistributedDataParallel takes, is the gradient of one process with the who
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fishr.functional.distributed import sum_over_ranks
 from fishr.functional.domains import Domains, group_by_domain
@@ -73,7 +73,7 @@ def domain_gradient_variances(
     return variances
 
 
-@torch.library.custom_op("fishr::head_variances", mutates_args=())
+@library.custom_op("fishr::head_variances", mutates_args=())
 def _head_variances(
     features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, bias: bool, centered: bool
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def _(
     return features.new_empty(shape, dtype=dtype), features.new_empty(shape if centered else 0, dtype=dtype)
 
 
-@torch.library.custom_op("fishr::head_variances_backward", mutates_args=())
+@library.custom_op("fishr::head_variances_backward", mutates_args=())
 def _head_variances_backward(
     grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:

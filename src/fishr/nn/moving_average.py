@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from fishr.errors import ConfigError
 
@@ -56,7 +56,7 @@ class MovingAverage(nn.Module):
         return f"shape={tuple(self.history.shape)}, decay={self.decay}"
 
 
-@torch.library.custom_op("fishr::add_history", mutates_args=())
+@library.custom_op("fishr::add_history", mutates_args=())
 def _add_history(value: Tensor, history: Tensor, factor: float) -> Tensor:
     """Compute value + factor · history as one operator, which a compiled backward pass does not compute again.
 

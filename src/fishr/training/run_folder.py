@@ -15,7 +15,7 @@ from fishr.models.saved import SavedModel, save_model
 from fishr.records import RunRecord, read_records
 from fishr.training.config import RunConfig
 
-FORMAT = 1
+FORMAT = 2
 LOCK = ".lock"
 
 
