@@ -139,7 +139,7 @@ def test_options_are_in_the_config(folder: Path, tmp_path: Path) -> None:
     fingerprint = config["data_options"].pop("fingerprint")
     assert len(fingerprint) == 16
     assert config == {
-        "format": 1,
+        "format": 2,
         "data": "animals",
         "data_options": {"subset": 20, "image_size": 16, "channels": 1, "augmentation": "light"},
         "test_domains": ["lab"],

@@ -31,7 +31,7 @@ class Watching:
 def configs(folder):
     contents = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/config.json")}
     for content in contents.values():
-        assert content.pop("format") == 1
+        assert content.pop("format") == 2
     return {name: RunConfig.from_dict(content) for name, content in contents.items()}
 
 
