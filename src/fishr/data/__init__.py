@@ -8,7 +8,6 @@
 import inspect
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
 from fishr.data.colored import colored_digits, colored_mnist, colored_mnist_irm
 from fishr.data.image_dataset import BENCHMARK_DATASETS, image_dataset
+from fishr.data.listing import existing_path
 from fishr.data.rotated import rotated_mnist
 from fishr.data.sampling import BatchSampler, split_dataset, split_indices
 from fishr.errors import ConfigError
@@ -74,16 +74,14 @@ def load_dataset(
             f"options it takes: {', '.join(known) or 'none'}"
         )
     dataset = factory(seed=seed, subset=subset, **options)
-    return dataset if dataset.options else replace(dataset, options={"seed": seed, "subset": subset, **options})
+    given = {"seed": seed, "subset": subset, **options}
+    return replace(dataset, options=dataset.options or given, published=name in DATASETS)
 
 
 def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDataset]:
     if name in DATASETS:
         return partial(DATASETS[name], root)
-    path = Path(name)
-    with suppress(RuntimeError):  # no such user
-        path = path.expanduser()
-    if name and path.exists():  # an empty path would be the current folder
+    if path := existing_path(name):
         return partial(image_dataset, path)
     error = unknown("dataset", name, DATASETS)
     raise ConfigError(f"{error}, and there is no folder or manifest {name}")

@@ -87,6 +87,7 @@ class MultiDomainDataset:
             ``[sample]``.
         groups: For domains with samples that belong together, such as those of a patient: the group of each, int64
             ``[sample]``, with the same meaning in all domains. A group never lies on both sides of a split.
+        published: Whether it is a benchmark with published hyperparameters, which are the defaults on it then.
 
     Raises:
         DataError: no domain, a test domain that cannot be one, an empty domain, inputs and targets of different
@@ -103,6 +104,7 @@ class MultiDomainDataset:
     options: Mapping[str, Any] = field(default_factory=dict)
     fixed_out: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     groups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    published: bool = False
 
     def __post_init__(self) -> None:
         if not self.domains:

@@ -17,17 +17,32 @@ from fishr.data.listing import (
     BENCHMARKS,
     DomainListing,
     ImageListing,
+    existing_path,
     file_sizes,
     fingerprint,
     list_benchmark,
-    list_folder,
-    read_manifest,
+    list_images,
 )
 from fishr.data.mnist import data_root
-from fishr.errors import ConfigError, DataError
+from fishr.errors import ConfigError
 from fishr.registry import unknown
 
-MANIFEST_SUFFIXES = (".csv", ".parquet")
+
+def listing_of(source: str, root: Path | None = None) -> ImageListing:
+    """List the images of a benchmark, by its name, or of a user's folder or manifest, by its path.
+
+    Raises:
+        ConfigError: no such benchmark, folder or manifest.
+        DataError: one that cannot be used.
+    """
+    if source in BENCHMARKS:
+        return list_benchmark(source, data_root(root))
+    path = existing_path(source)
+    if path is None:
+        raise ConfigError(
+            f"{unknown('image dataset', source, BENCHMARKS)}, and there is no folder or manifest {source!r}"
+        )
+    return list_images(path)
 
 
 def image_dataset(
@@ -63,12 +78,7 @@ def image_dataset(
         ConfigError: an option that cannot take its value.
         DataError: a folder or manifest that cannot be used, or images that are missing.
     """
-    if source.is_dir():
-        listing = list_folder(source, strict=strict)
-    elif source.suffix.lower() in MANIFEST_SUFFIXES:
-        listing = read_manifest(source, strict=strict)
-    else:
-        raise DataError(f"{source} is neither a folder nor a manifest ({' or '.join(MANIFEST_SUFFIXES)})")
+    listing = list_images(source, strict=strict)
     return _dataset(listing, subset, image_size, channels, augmentation, cache, cache_folder)
 
 

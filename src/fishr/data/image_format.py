@@ -85,7 +85,7 @@ class ImageFormat:
             raise UnreadableImageError("the file is empty")
         kind = "image"
         try:
-            with _pil_warnings_off(), Image.open(BytesIO(content), formats=FORMATS) as image:
+            with pil_warnings_off(), Image.open(BytesIO(content), formats=FORMATS) as image:
                 kind = image.format or kind
                 return _channels_last(self._decoded(image))
         except UnreadableImageError:
@@ -200,7 +200,7 @@ def _channels_last(pixels: Image.Image) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _pil_warnings_off() -> Iterator[None]:
+def pil_warnings_off() -> Iterator[None]:
     """PIL warns of damage that it can read past, such as a broken EXIF tag; neither noise nor, as an error, a reason.
 
     Every thread adds and removes an entry of its own. ``warnings.catch_warnings`` is not for threads: it puts back the

@@ -13,6 +13,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ IMAGE_SUFFIXES = frozenset(
 JUNK = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 """What operating systems leave between images, in lower case; passed over in silence, as is what begins with a dot."""
 
+MANIFEST_SUFFIXES = (".csv", ".parquet")
 REQUIRED_COLUMNS, OPTIONAL_COLUMNS = ("path", "label", "domain"), ("split", "group")
 
 OUT_SPLIT = {"train": False, "in": False, "val": True, "valid": True, "validation": True, "out": True}
@@ -90,7 +92,7 @@ class BenchmarkLayout:
         domains: Folders of its domains, in the customary order.
         images: Totals that it is known with.
         classes: Number of classes.
-        source: Where the data come from, and what is to be done with them.
+        source: How to get the data.
         images_per_domain: Images of each domain, where that is known.
     """
 
@@ -108,15 +110,15 @@ BENCHMARKS: Mapping[str, BenchmarkLayout] = {
         domains=("Caltech101", "LabelMe", "SUN09", "VOC2007"),
         images=(10_729,),
         classes=5,
-        source="only drive links lead to it, and they come and go: ask at github.com/facebookresearch/DomainBed/issues "
-        "and unpack the archive",
+        source="only drive links lead to it, and they come and go: ask at "
+        "github.com/facebookresearch/DomainBed/issues, then: fishr data prepare vlcs ARCHIVE",
     ),
     "pacs": BenchmarkLayout(
         folder="PACS",
         domains=("art_painting", "cartoon", "photo", "sketch"),
         images=(9_991,),
         classes=7,
-        source="huggingface.co/datasets/flwrlabs/pacs has it as Parquet: write every image into a file",
+        source="get it with: fishr data download pacs",
         images_per_domain=(2_048, 2_344, 1_670, 3_929),
     ),
     "office-home": BenchmarkLayout(
@@ -124,28 +126,47 @@ BENCHMARKS: Mapping[str, BenchmarkLayout] = {
         domains=("Art", "Clipart", "Product", "Real World"),
         images=(15_588,),
         classes=65,
-        source="only drive links lead to it, and they come and go: ask at github.com/facebookresearch/DomainBed/issues "
-        "and unpack the archive",
+        source="only drive links lead to it, and they come and go: ask at "
+        "github.com/facebookresearch/DomainBed/issues, then: fishr data prepare office-home ARCHIVE",
+        images_per_domain=(2_427, 4_365, 4_439, 4_357),
     ),
     "terra-incognita": BenchmarkLayout(
         folder="terra_incognita",
         domains=("location_100", "location_38", "location_43", "location_46"),
         images=(24_788, 24_330),
         classes=10,
-        source="storage.googleapis.com/public-datasets-lila/caltechcameratraps/ has eccv_18_all_images_sm.tar.gz and "
-        "eccv_18_annotations.tar.gz: keep the four locations and the classes bird, bobcat, cat, coyote, dog, empty, "
-        "opossum, rabbit, raccoon and squirrel of all five annotation files",
+        source="get it with: fishr data download terra-incognita",
     ),
     "domain-net": BenchmarkLayout(
         folder="domain_net",
         domains=("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
         images=(586_575,),
         classes=345,
-        source="csr.bu.edu/ftp/visda/2019/multi-source/ has groundtruth/clipart.zip, infograph.zip, "
-        "groundtruth/painting.zip, quickdraw.zip, real.zip and sketch.zip: unpack all six",
+        source="get it with: fishr data download domain-net",
     ),
 }
 """The five image benchmarks of DomainBed (Gulrajani and Lopez-Paz, arXiv 2007.01434), in DomainBed's folders."""
+
+
+def existing_path(text: str) -> Path | None:
+    """The file or folder at a path, which may begin with ``~``; None if there is none."""
+    path = Path(text)
+    with suppress(RuntimeError):  # no such user
+        path = path.expanduser()
+    return path if text and path.exists() else None  # an empty path would be the current folder
+
+
+def list_images(source: Path, *, strict: bool = False) -> ImageListing:
+    """List the images of a folder (:func:`list_folder`) or of a manifest (:func:`read_manifest`).
+
+    Raises:
+        DataError: something else, or as those.
+    """
+    if source.is_dir():
+        return list_folder(source, strict=strict)
+    if source.suffix.lower() in MANIFEST_SUFFIXES:
+        return read_manifest(source, strict=strict)
+    raise DataError(f"{source} is neither a folder nor a manifest ({' or '.join(MANIFEST_SUFFIXES)})")
 
 
 def list_folder(path: Path, *, strict: bool = False) -> ImageListing:
@@ -266,6 +287,22 @@ def list_benchmark(name: str, root: Path) -> ImageListing:
             f"{', '.join(layout.domains)}; {layout.source}"
         )
     listing = replace(list_folder(folder), name=name)
+    differences = published_differences(name, listing)
+    if differences:
+        raise DataError(
+            f"{folder} is not {name} as published ({'; '.join(differences)}): complete it ({layout.source}), or, if it "
+            f"is meant to be as it is, name the folder itself: fishr train --data {folder}"
+        )
+    return listing
+
+
+def published_differences(name: str, listing: ImageListing) -> list[str]:
+    """How a listing of one of :data:`BENCHMARKS` is not as published: domains, number of classes, numbers of images.
+
+    Returns:
+        Nothing, or a phrase for each difference.
+    """
+    layout = BENCHMARKS[name]
     sizes = {domain: len(part.labels) for domain, part in listing.domains.items()}
     comparisons = [
         ("domains", [", ".join(layout.domains)], ", ".join(sizes)),
@@ -274,17 +311,11 @@ def list_benchmark(name: str, root: Path) -> ImageListing:
     ]
     for domain, images in zip(layout.domains, layout.images_per_domain or (), strict=False):
         comparisons.append((f"images of {domain}", [f"{images:,}"], f"{sizes.get(domain, 0):,}"))
-    differences = [
+    return [
         f"{what}: expected {' or '.join(expected)}, found {found}"
         for what, expected, found in comparisons
         if found not in expected
     ]
-    if differences:
-        raise DataError(
-            f"{folder} is not {name} as published ({'; '.join(differences)}): complete it ({layout.source}), or, if it "
-            f"is meant to be as it is, name the folder itself: fishr train --data {folder}"
-        )
-    return listing
 
 
 def file_sizes(listing: ImageListing) -> dict[str, NDArray[np.int64]]:
