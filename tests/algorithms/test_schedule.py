@@ -16,7 +16,7 @@ RISK, PENALTY = 2.0, 5.0
 class Fixed(PenalizedAlgorithm):
     """Risk and penalty are 2 and 5 at weights of one."""
 
-    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
         weight = self.classifier.weight.sum()
         return RISK * weight, PENALTY * weight
 
@@ -47,14 +47,18 @@ def test_a_switch_on_of_zero_is_from_the_start() -> None:
 
 def test_terms_are_unweighted() -> None:
     terms = algorithm(penalty_weight=3.0, switch_on=0, rescale=True).losses(BATCH, 0).terms
-    assert {name: value.item() for name, value in terms.items()} == {"risk": RISK, "penalty": PENALTY}
+    assert {name: value.item() for name, value in terms.items()} == {
+        "risk": RISK,
+        "penalty": PENALTY,
+        "penalty_weight": 3.0,
+    }
 
 
 @pytest.mark.parametrize("penalty", [float("nan"), float("inf")])
 def test_a_penalty_of_weight_zero_stays_out_of_the_loss(penalty: float) -> None:
     """Zero times infinity is not a number."""
     fixed = algorithm(penalty_weight=3.0, switch_on=5)
-    fixed.risk_and_penalty = lambda batch: (torch.tensor(RISK), torch.tensor(penalty))
+    fixed.risk_and_penalty = lambda features, batch: (torch.tensor(RISK), torch.tensor(penalty))
     assert total(fixed, 4) == RISK
 
 
@@ -75,6 +79,90 @@ def test_the_colored_mnist_convention() -> None:
     fixed = algorithm(penalty_weight=9e4, switch_on=190, weight_before=1.0, rescale=True)
     assert total(fixed, 189) == pytest.approx(RISK + PENALTY)
     assert total(fixed, 190) == pytest.approx(RISK / 9e4 + PENALTY)
+
+
+# The measured weight
+
+
+class Scaled(PenalizedAlgorithm):
+    """The gradient of the risk with respect to the features is 3 / scale times the penalty's."""
+
+    scale = 1.0
+
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        values = self.classifier(features).square().sum()
+        return 3 * values, self.scale * values
+
+
+def scaled(*, steps: int | None = 100, scale: float = 1.0, **settings: Any) -> Scaled:
+    head = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(head.weight)
+    made = Scaled(nn.Identity(), head, 2, PenalizedConfig(**settings), steps=steps)
+    made.scale = scale
+    return made
+
+
+def weights(algorithm: PenalizedAlgorithm, first: int, last: int) -> list[float]:
+    return [algorithm.losses(BATCH, step).terms["penalty_weight"].item() for step in range(first, last + 1)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 500.0])
+def test_the_measured_weight_undoes_the_scale_of_the_penalty(scale: float) -> None:
+    fixed = scaled(strength=0.5, switch_on=20, scale=scale)
+    assert weights(fixed, 15, 19) == [0.0] * 5
+    target = 0.5 * 3 / scale
+    assert weights(fixed, 20, 26) == pytest.approx([target * share for share in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0)])
+
+
+def test_the_weight_is_measured_in_the_steps_before_the_switch_on_alone() -> None:
+    fixed = scaled(strength=0.5, switch_on=20)
+    fixed.scale = 100.0
+    weights(fixed, 0, 14)
+    fixed.scale = 1.0
+    weights(fixed, 15, 19)
+    fixed.scale = 100.0
+    assert weights(fixed, 20, 30)[-1] == pytest.approx(1.5)
+
+
+def test_the_ramp_starts_at_the_weight_before() -> None:
+    fixed = scaled(strength=2.0, switch_on=20, weight_before=1.0)
+    weights(fixed, 15, 19)
+    assert weights(fixed, 20, 25) == pytest.approx([2.0, 3.0, 4.0, 5.0, 6.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("switch_on", "steps", "ramp", "expected"), [(0, 100, 5, 5), (3, 100, 5, 5), (0, None, 50, 50)]
+)
+def test_a_switch_on_before_there_are_measurements_is_put_off(
+    switch_on: int, steps: int | None, ramp: int, expected: int
+) -> None:
+    fixed = scaled(strength=1.0, switch_on=switch_on, steps=steps)
+    assert (fixed.switch_on_step, fixed.ramp) == (expected, ramp)
+    assert weights(fixed, 0, expected)[-2:] == pytest.approx([0.0, 3.0 / ramp])
+
+
+def test_what_was_measured_is_in_the_state() -> None:
+    fixed, fresh = scaled(strength=0.5, switch_on=20), scaled(strength=0.5, switch_on=20)
+    weights(fixed, 15, 19)
+    fresh.load_state_dict(fixed.state_dict())
+    assert weights(fresh, 30, 30) == weights(fixed, 30, 30) == pytest.approx([1.5])
+
+
+def test_the_reset_is_at_the_switch_on_step_that_was_put_off() -> None:
+    fixed = scaled(strength=0.5, switch_on=0)
+    optimizers = fixed.configure_optimizers()
+    updates = []
+    for step in range(7):
+        fixed.training_step(BATCH, step, optimizers)
+        updates.append(int(optimizers["main"].state[fixed.classifier.weight]["step"]))
+    assert updates == [1, 2, 3, 4, 5, 1, 2]
+
+
+def test_settings_of_the_strength_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"^strength must be above 0, or null for the given penalty_weight, got 0.0$"):
+        PenalizedConfig(strength=0.0)
+    with pytest.raises(ConfigError, match=r"^rescale is for large penalty weights and does not go with strength$"):
+        PenalizedConfig(strength=1.0, rescale=True)
 
 
 # The switch-on step
@@ -157,7 +245,7 @@ def test_a_reset_makes_the_next_update_adams_first() -> None:
     fixed = algorithm(penalty_weight=3.0, switch_on=2, lr=0.01)
     optimizers = fixed.configure_optimizers()
     # Gradients of the other sign before.
-    fixed.risk_and_penalty = lambda batch: (-fixed.classifier.weight.sum(), fixed.classifier.weight.sum())
+    fixed.risk_and_penalty = lambda features, batch: (-fixed.classifier.weight.sum(), fixed.classifier.weight.sum())
     for step in range(2):
         fixed.training_step(BATCH, step, optimizers)
     before = fixed.classifier.weight.item()

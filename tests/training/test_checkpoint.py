@@ -193,7 +193,11 @@ def test_all_state_is_in_it(stopped: Path) -> None:
     assert optimizer < set(tensors)
     # The optimizer was reset at step index 6, so it has made the updates 7, 8 and 9 since.
     assert tensors["optimizer/main/0/step"] == 3
-    assert (state["step"], state["steps_in_sums"], set(state["loss_sums"])) == (9, 1, {"loss", "risk", "penalty"})
+    assert (state["step"], state["steps_in_sums"], set(state["loss_sums"])) == (
+        9,
+        1,
+        {"loss", "risk", "penalty", "penalty_weight"},
+    )
     assert state["optimizers"]["main"]["param_groups"][0]["lr"] == 1e-2
 
 

@@ -1,16 +1,17 @@
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fishr.algorithms import ALGORITHMS
-from fishr.data import MultiDomainDataset
+from fishr.algorithms import ALGORITHMS, ERM
+from fishr.data import MultiDomainDataset, load_dataset
 from fishr.errors import ConfigError
 from fishr.models import ModelConfig
 from fishr.training import AverageConfig, RunConfig
-from small_runs import run_config
+from small_runs import numbered, run_config, write_pictures
 
 
 def config(**changes: Any) -> RunConfig:
@@ -217,3 +218,26 @@ def test_a_text_for_names_and_for_an_average_is_refused() -> None:
         replace(run_config(), test_domains="sketch")
     with pytest.raises(ConfigError, match="average must be an AverageConfig or None, got 'sma'"):
         replace(run_config(), average="sma")
+
+
+# Data of one's own
+
+
+def test_data_of_ones_own_get_the_recommended_strength_and_benchmarks_the_published_weight() -> None:
+    own, published = numbered(), replace(numbered(), published=True)
+    assert RunConfig.for_dataset(own, "fishr", steps=10).hparams.strength == 1.0
+    assert RunConfig.for_dataset(published, "fishr", steps=10).hparams.strength is None
+    assert RunConfig.for_dataset(published, "fishr", steps=10).hparams.penalty_weight == 1000.0
+    assert RunConfig.for_dataset(own, "erm", steps=10).hparams == ERM.Config()
+
+
+def test_a_given_weight_takes_the_place_of_the_recommended_strength() -> None:
+    config = RunConfig.for_dataset(numbered(), "fishr", steps=10, hparams={"penalty_weight": 3.0})
+    assert (config.hparams.penalty_weight, config.hparams.strength) == (3.0, None)
+    both = RunConfig.for_dataset(numbered(), "fishr", steps=10, hparams={"penalty_weight": 3.0, "strength": 0.5})
+    assert both.hparams.strength == 0.5
+
+
+def test_named_datasets_are_published_and_folders_are_not(tmp_path: Path) -> None:
+    assert load_dataset("colored-digits", subset=10).published
+    assert not load_dataset(write_pictures(tmp_path / "pictures", each=2), image_size=32).published

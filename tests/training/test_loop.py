@@ -205,12 +205,13 @@ def test_recorded_losses_are_means_since_the_last_record(digits: MultiDomainData
     result = train(run_config("fishr"), digits, tmp_path / "run", device="cpu", observer=told)
     for record in result.records:
         steps = [told.steps[step] for step in range(record.step - CHECKPOINT_EVERY + 1, record.step + 1)]
-        assert record.losses.keys() == {"loss", "risk", "penalty"}
+        assert record.losses.keys() == {"loss", "risk", "penalty", "penalty_weight"}
         for name, value in record.losses.items():
             assert value == pytest.approx(sum(step[name] for step in steps) / len(steps))
     # Before the switch-on the loss is the risk, from then on the weighted penalty is added.
     for step, losses in told.steps.items():
         weight = 3.0 if step > 6 else 0.0
+        assert losses["penalty_weight"] == weight
         assert losses["loss"] == pytest.approx(losses["risk"] + weight * losses["penalty"])
     assert all(losses["penalty"] > 0 for losses in told.steps.values())
 
@@ -229,7 +230,7 @@ def test_an_accelerators_losses_are_read_in_groups(
     records = train(run_config("fishr"), digits, folder, device="cpu", observer=told).records
     assert [record.losses for record in records] == [record.losses for record in expected]
     assert told.steps[6] == {}
-    assert told.steps[8].keys() == {"loss", "risk", "penalty"}
+    assert told.steps[8].keys() == {"loss", "risk", "penalty", "penalty_weight"}
 
 
 # Losses that are not finite

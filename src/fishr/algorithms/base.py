@@ -61,6 +61,11 @@ class AlgorithmConfig:
         return cls(lr=5e-5, batch_size=32) if kind == "images" else cls()
 
     @classmethod
+    def recommended(cls, kind: Kind) -> Self:
+        """What to begin with on data of one's own: the published defaults, but for what is not portable in them."""
+        return cls.default(kind)
+
+    @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         """The published search space for a kind of data (Gulrajani and Lopez-Paz, arXiv 2007.01434)."""
         if kind == "images":
@@ -162,6 +167,7 @@ class Algorithm(nn.Module):
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    title: ClassVar[str]
     reference: ClassVar[str]
     min_domains: ClassVar[int] = 1
     switch_on_step: int = 0

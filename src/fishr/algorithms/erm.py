@@ -12,6 +12,7 @@ class ERM(Algorithm):
     Reference: Vapnik, Statistical Learning Theory, 1998.
     """
 
+    title = "ERM"
     reference = "Vapnik, Statistical Learning Theory, 1998"
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:

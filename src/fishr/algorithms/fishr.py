@@ -55,6 +55,7 @@ class Fishr(PenalizedAlgorithm):
     Reference: Rame, Dancette, Cord, ICML 2022, arXiv 2109.02934.
     """
 
+    title = "Fishr"
     reference = (
         "Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization, "
         "ICML 2022, arXiv 2109.02934"
@@ -74,8 +75,7 @@ class Fishr(PenalizedAlgorithm):
             variant=self.config.variant,
         )
 
-    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        features = self.features(batch.inputs)
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
         logits = self.logits(features)
         risk = self.sample_losses(logits, batch.targets).mean()
         return risk, self.penalty(features, logits, batch.targets, batch.sizes)

@@ -53,12 +53,13 @@ class IRM(PenalizedAlgorithm):
     Reference: Arjovsky, Bottou, Gulrajani, Lopez-Paz, arXiv 1907.02893, 2019 (IRMv1).
     """
 
+    title = "IRM"
     reference = "Arjovsky, Bottou, Gulrajani, Lopez-Paz: Invariant Risk Minimization, arXiv 1907.02893, 2019"
     Config = IRMConfig
     config: IRMConfig
 
-    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        logits = self(batch.inputs)
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        logits = self.logits(features)
         risks = domain_means(self.sample_losses(logits, batch.targets), batch.sizes)
         slopes = (loss_residuals(self.loss, logits, batch.targets) * logits).sum(1)
         penalties = [self._penalty(part) for part in torch.split(slopes, list(batch.sizes))]

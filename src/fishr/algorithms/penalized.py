@@ -4,16 +4,25 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses
-from fishr.data.base import DomainBatch
+from fishr.data.base import DomainBatch, Kind
 from fishr.errors import ConfigError
+from fishr.nn.gradient_balance import GradientBalance
 
 logger = logging.getLogger(__name__)
+
+CALIBRATION = 0.05
+"""Share of a run over which the gradients of risk and penalty are measured, and over which λ then grows."""
+
+RECOMMENDED_STRENGTH = 1.0
+
+UNKNOWN_RAMP = 50
+"""The same in steps, where the length of the run is not known."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +33,13 @@ class PenalizedConfig(AlgorithmConfig):
     defaults are DomainBed's convention; the Colored MNIST script's is ``weight_before=1, rescale=True,
     reset_optimizer=False``.
 
+    λ is not portable: how much it weighs depends on backbone, head and moving average. With ``strength`` it is measured
+    instead (:class:`fishr.nn.GradientBalance`), over :data:`CALIBRATION` of the run just before the switch-on step, and
+    reached by a linear ramp of the same length; a switch-on step that comes before the first measurements is put off.
+
     Attributes:
         penalty_weight: λ, the weight from the switch-on step on.
+        strength: ρ; where it is given, λ is measured and ``penalty_weight`` is not used.
         switch_on: First step with that weight: a whole number is a step, a decimal a share of the run.
         weight_before: The weight until then.
         rescale: Divide the whole loss by the weight where that is above 1.
@@ -33,14 +47,27 @@ class PenalizedConfig(AlgorithmConfig):
     """
 
     penalty_weight: float = 1.0
+    strength: float | None = None
     switch_on: int | float = 0.3
     weight_before: float = 0.0
     rescale: bool = False
     reset_optimizer: bool = True
 
+    @classmethod
+    def recommended(cls, kind: Kind) -> Self:
+        return super().recommended(kind).updated({"strength": RECOMMENDED_STRENGTH})
+
     def problems(self) -> list[str]:
-        negative = [name for name in ("penalty_weight", "weight_before", "switch_on") if getattr(self, name) < 0]
-        return super().problems() + [f"{name} must be at least 0, got {getattr(self, name)}" for name in negative]
+        problems = super().problems() + [
+            f"{name} must be at least 0, got {getattr(self, name)}"
+            for name in ("penalty_weight", "weight_before", "switch_on")
+            if getattr(self, name) < 0
+        ]
+        if self.strength is not None and self.strength <= 0:
+            problems.append(f"strength must be above 0, or null for the given penalty_weight, got {self.strength}")
+        if self.strength is not None and self.rescale:
+            problems.append("rescale is for large penalty weights and does not go with strength")
+        return problems
 
     def switch_on_step(self, steps: int | None) -> int:
         """The switch-on step of a run of ``steps`` steps.
@@ -49,13 +76,19 @@ class PenalizedConfig(AlgorithmConfig):
             ConfigError: ``switch_on`` is a share and the length of the run is not given.
         """
         if isinstance(self.switch_on, int):
-            return self.switch_on
+            return max(self.switch_on, self.ramp(steps))
         if steps is None:
             raise ConfigError(
                 f"switch_on={self.switch_on} is a share of the run: give steps=, the length of the run, "
                 "or a whole number, the step itself"
             )
-        return math.floor(self.switch_on * steps + 0.5)
+        return max(math.floor(self.switch_on * steps + 0.5), self.ramp(steps))
+
+    def ramp(self, steps: int | None) -> int:
+        """Steps over which λ is measured, and then grows; 0 where it is given."""
+        if self.strength is None:
+            return 0
+        return UNKNOWN_RAMP if steps is None else math.ceil(CALIBRATION * steps)
 
 
 class PenalizedAlgorithm(Algorithm):
@@ -63,9 +96,11 @@ class PenalizedAlgorithm(Algorithm):
 
     Config: ClassVar[type[AlgorithmConfig]] = PenalizedConfig
     config: PenalizedConfig
+    balance: GradientBalance | None
 
     def setup(self) -> None:
-        self.switch_on_step = self.config.switch_on_step(self.steps)
+        self.switch_on_step, self.ramp = self.config.switch_on_step(self.steps), self.config.ramp(self.steps)
+        self.balance = None if self.config.strength is None else GradientBalance(self.config.strength)
         if self.steps is not None and self.switch_on_step >= self.steps:
             logger.warning(
                 "the penalty never switches on: switch_on=%s is step %d of a run of %d steps",
@@ -74,19 +109,36 @@ class PenalizedAlgorithm(Algorithm):
                 self.steps,
             )
 
-    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        """The risk to minimise and the penalty, unweighted."""
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        """The risk to minimise and the penalty, unweighted, of a batch with these features ``[sample, feature]``."""
         raise NotImplementedError
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        risk, penalty = self.risk_and_penalty(batch)
-        weight = self.config.weight_before if step < self.switch_on_step else self.config.penalty_weight
+        features = self.features(batch.inputs)
+        measured_by = self.balance if self.switch_on_step - self.ramp <= step < self.switch_on_step else None
+        if measured_by and not features.requires_grad:
+            features = features.detach().requires_grad_()
+        risk, penalty = self.risk_and_penalty(features, batch)
+        if measured_by:
+            measured_by.observe(features, risk, penalty)
+        weight = self.weight(step)
         total = risk + self.l2_term()
-        if weight > 0:
+        if isinstance(weight, Tensor) or weight > 0:
             total = total + weight * penalty
         if self.config.rescale and weight > 1:
             total = total / weight
-        return Losses(total, {"risk": risk, "penalty": penalty})
+        shown = weight if isinstance(weight, Tensor) else risk.new_full((), weight)
+        return Losses(total, {"risk": risk, "penalty": penalty, "penalty_weight": shown})
+
+    def weight(self, step: int) -> Tensor | float:
+        """The weight of the penalty at a step."""
+        before = self.config.weight_before
+        if step < self.switch_on_step:
+            return before
+        if self.balance is None:
+            return self.config.penalty_weight
+        ramp = min(1.0, (step - self.switch_on_step + 1) / self.ramp)
+        return before + ramp * (self.balance.weight() - before)
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
         if self.config.reset_optimizer and step == self.switch_on_step:

@@ -41,6 +41,7 @@ class VREx(PenalizedAlgorithm):
     Reference: Krueger and others, ICML 2021, arXiv 2003.00688 (V-REx).
     """
 
+    title = "V-REx"
     reference = (
         "Krueger and others: Out-of-Distribution Generalization via Risk Extrapolation, ICML 2021, arXiv 2003.00688"
     )
@@ -48,7 +49,7 @@ class VREx(PenalizedAlgorithm):
     Config = VRExConfig
     config: VRExConfig
 
-    def risk_and_penalty(self, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        risks = domain_means(self.sample_losses(self(batch.inputs), batch.targets), batch.sizes)
+    def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
+        risks = domain_means(self.sample_losses(self.logits(features), batch.targets), batch.sizes)
         variance = risks.var(correction=0)
         return risks.mean(), variance if self.config.reduction == "mean" else variance * len(risks) ** 2

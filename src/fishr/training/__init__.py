@@ -3,6 +3,6 @@
 from fishr.training.averaging import AverageConfig
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
-from fishr.training.loop import Observer, RunResult, train
+from fishr.training.loop import Observer, RunCost, RunResult, measure_cost, train
 
-__all__ = ["AverageConfig", "Observer", "RunConfig", "RunResult", "evaluate", "train"]
+__all__ = ["AverageConfig", "Observer", "RunConfig", "RunCost", "RunResult", "evaluate", "measure_cost", "train"]

@@ -111,18 +111,25 @@ class RunConfig:
             algorithm: Name of the algorithm.
             steps: Updates to make.
             test_domains: Default: the dataset's customary one, if it has one.
-            hparams: Changes to the algorithm's defaults for the kind of data.
+            hparams: Changes to the algorithm's published defaults for the kind of data, or for data that are no
+                published benchmark to the recommended ones; a ``penalty_weight`` among them takes the place of the
+                recommended ``strength``.
             model: Default: the customary network for the kind of data.
             checkpoint_every: Default: ten checkpoints in the run.
             rest: Other fields.
         """
         customary = () if dataset.test_domain is None else (dataset.test_domain,)
+        config = ALGORITHMS[algorithm].Config
+        defaults = config.default(dataset.kind) if dataset.published else config.recommended(dataset.kind)
+        changes = dict(hparams or {})
+        if "penalty_weight" in changes and hasattr(defaults, "strength"):
+            changes.setdefault("strength", None)
         return cls(
             data=dataset.name,
             data_options=dict(dataset.options),
             test_domains=customary if test_domains is None else test_domains,
             algorithm=algorithm,
-            hparams=ALGORITHMS[algorithm].Config.default(dataset.kind).updated(hparams or {}),
+            hparams=defaults.updated(changes),
             model=default_model(dataset.kind, dataset.input_shape) if model is None else model,
             steps=steps,
             checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
@@ -155,10 +162,11 @@ class RunConfig:
     @property
     def hash(self) -> str:
         """Names the run: equal exactly for equal configs, whatever data with the same fingerprint are called."""
-        canonical = json.dumps(self._identity(), sort_keys=True)
+        canonical = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What makes the run another one than others."""
         content = self.as_dict()
         if "fingerprint" in self.data_options:
             del content["data"]
@@ -166,12 +174,17 @@ class RunConfig:
 
     def differences(self, other: "RunConfig") -> list[str]:
         """Settings in which another config differs, ``name: ours → theirs``."""
-        ours, theirs = _flat(self._identity()), _flat(other._identity())
-        return [
-            f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
-            for name in dict.fromkeys([*ours, *theirs])
-            if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
-        ]
+        return settings_that_differ(self.identity(), other.identity())
+
+
+def settings_that_differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Settings, also nested ones, that are not the same, ``name: ours → theirs``."""
+    ours, theirs = _flat(ours), _flat(theirs)
+    return [
+        f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
+    ]
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The training loop: one run from its config to its model, killed and continued as often as it takes."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -33,11 +35,15 @@ from fishr.training.best import BestWeights
 from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, restore_checkpoint, save_checkpoint
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
+from fishr.training.hints import penalty_hints
 from fishr.training.run_folder import RunFolder
 from fishr.training.signals import stop_on_signal
 
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
+
+WARM_UP_STEPS, TIMED_STEPS, TIMED_SAMPLES = 2, 7, 256
+"""What is measured to tell how long a run takes."""
 
 _INIT, _STEP = 0x1217, 0x57E9
 """Second word of torch's seeds: numpy pads them with zeros, so (seed,) and (seed, 0) would be the same."""
@@ -80,12 +86,14 @@ class RunResult:
         records: Its records, oldest first.
         kept: The record of the model that was kept.
         trained: Whether this call trained; False if the run was done already.
+        hints: What to change about the penalty's weight (:func:`fishr.training.hints.penalty_hints`).
     """
 
     folder: Path
     records: list[RunRecord]
     kept: RunRecord
     trained: bool
+    hints: list[str]
 
 
 def train(
@@ -127,10 +135,9 @@ def train(
         folder = RunFolder(output, config)
         if folder.done:
             folder.tidy()
-            records = folder.records()
-            if not records:
+            if not folder.records():
                 raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
-            return RunResult(output, records, folder.kept(), trained=False)
+            return _result(folder, dataset, trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             run = _Run(config, dataset, folder, fabric, observer or Silent(), weights)
             with folder.alone():
@@ -141,7 +148,59 @@ def train(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
         ) from error
-    return RunResult(output, folder.records(), folder.kept(), trained=True)
+    return _result(folder, dataset, trained=True)
+
+
+def _result(folder: RunFolder, dataset: MultiDomainDataset, *, trained: bool) -> RunResult:
+    records, config = folder.records(), folder.config
+    train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
+    return RunResult(folder.path, records, folder.kept(), trained, penalty_hints(records, config, train_domains))
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """How long the parts of a run take.
+
+    Attributes:
+        start: Seconds until the first step, with decoded images.
+        step: Seconds of a training step after the switch-on.
+        evaluation: Seconds of the evaluation at a checkpoint.
+    """
+
+    start: float
+    step: float
+    evaluation: float
+
+    def seconds(self, steps: int, checkpoint_every: int) -> float:
+        """Seconds of a whole run."""
+        return self.start + steps * self.step + math.ceil(steps / checkpoint_every) * self.evaluation
+
+
+def measure_cost(
+    config: RunConfig,
+    dataset: MultiDomainDataset,
+    *,
+    weights: Path | None = None,
+    device: str = "auto",
+) -> RunCost:
+    """Measure on a few steps, and the evaluation of a few samples, how long a run takes; nothing is kept.
+
+    Args:
+        config: The run.
+        dataset: The data that the config names; images that are not in the cache are decoded first.
+        weights: As :func:`train` takes them.
+        device: Likewise.
+
+    Raises:
+        FishrError: as :func:`train`.
+    """
+    dataset.open()
+    with TemporaryDirectory() as scratch, torch.random.fork_rng(range(torch.cuda.device_count())):
+        began = time.perf_counter()
+        folder = RunFolder(Path(scratch) / "run", config)
+        run = _Run(config, dataset, folder, _fabric(device, config), Silent(), weights)
+        start = time.perf_counter() - began
+        return RunCost(start, run.seconds_per_step(), run.seconds_per_evaluation())
 
 
 class _Run:
@@ -224,6 +283,25 @@ class _Run:
             self._keep_model()
             if stop.signal_number is not None:
                 raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
+
+    def seconds_per_step(self) -> float:
+        """Median duration of a few of the last steps."""
+        durations = []
+        for step in range(max(0, self.config.steps - WARM_UP_STEPS - TIMED_STEPS), self.config.steps):
+            began = time.perf_counter()
+            _seed_torch(self.config.seed, _STEP, step)
+            batch = self.sampler.batch(step).to(self.fabric.device)
+            self.algorithm.training_step(batch, step, self.optimizers).total.item()
+            durations.append(time.perf_counter() - began)
+        return median(durations[-TIMED_STEPS:])
+
+    def seconds_per_evaluation(self) -> float:
+        """Duration of the evaluation at a checkpoint, from that of a few samples."""
+        evaluated = [self.splits[name][split] for name in self.splits for split in self._splits_needed(name)]
+        some = evaluated[0].subset(torch.arange(min(len(evaluated[0].targets), TIMED_SAMPLES)))
+        began = time.perf_counter()
+        evaluate(self.algorithm, some, self.fabric.device)
+        return (time.perf_counter() - began) / len(some.targets) * sum(len(samples.targets) for samples in evaluated)
 
     def _record(self, seconds_per_step: float) -> None:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
