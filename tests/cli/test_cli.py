@@ -6,7 +6,7 @@ import pytest
 
 from fishr.cli import main
 from fishr.cli.app import spread_values
-from fishr.cli.train import parse_settings
+from fishr.cli.options import parse_settings
 from fishr.errors import ConfigError
 
 TRAIN = ["train", "--data", "colored-digits", "--subset", "40", "--steps", "10", "--quiet"]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
+from fishr.cli.compare import compare
 from fishr.cli.console import print_error, print_notice
+from fishr.cli.data import data_app
 from fishr.cli.demo import demo
 from fishr.cli.evaluate import evaluate
 from fishr.cli.export import export
@@ -14,7 +16,17 @@ from fishr.cli.predict import predict
 from fishr.cli.reproduce import reproduce_app
 from fishr.cli.train import train
 
-MULTIPLE = ("--average-arg", "--backbone-arg", "--images", "--mean", "--methods", "--set", "--std", "--test-domain")
+MULTIPLE = (
+    "--algorithms",
+    "--average-arg",
+    "--backbone-arg",
+    "--images",
+    "--mean",
+    "--methods",
+    "--set",
+    "--std",
+    "--test-domain",
+)
 """Options that take several values, ``--methods erm fishr``, which typer knows only as repeated options."""
 OPTION = re.compile(r"--|-[a-z]$")
 
@@ -30,9 +42,11 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(compare)
 app.command()(evaluate)
 app.command()(export)
 app.command()(predict)
+app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")
 
 

@@ -104,7 +104,8 @@ class ProgressBar:
             self.progress.remove_task(self.task)
 
 
-def _progress(console: Console) -> Progress:
+def run_progress(console: Console) -> Progress:
+    """Bars with steps and time left; runs of trainings add theirs to it."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -121,7 +122,7 @@ def progress_of_run(title: str, *, quiet: bool) -> Iterator["Observer | None"]:
     if quiet or not stderr.is_terminal:
         yield None
         return
-    with _progress(stderr) as progress:
+    with run_progress(stderr) as progress:
         yield ProgressBar(progress, title)
 
 
@@ -137,7 +138,7 @@ class LiveRuns:
         self.titles, self.num_runs, self.quiet = titles, num_runs, quiet
         self.rows: list[tuple[str, ...]] = []
         self.trained = 0
-        self.progress = _progress(stderr)
+        self.progress = run_progress(stderr)
         self.live = Live(console=stderr, refresh_per_second=8)
         self.drawn = stderr.is_terminal and not quiet
 

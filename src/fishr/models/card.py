@@ -55,7 +55,11 @@ def card_as_markdown(card: ModelCard) -> str:
     if config:
         row("data", f"{config['data']} ({_settings(config['data_options'])})")
         row("trained on the domains", ", ".join(card.provenance["train_domains"]))
-        row("held out", ", ".join(held_out) or "none: nothing is known about a domain it has not seen")
+        expected = card.provenance.get("unseen_domain")
+        unknown = "none" if expected else "none: nothing is known about a domain it has not seen"
+        row("held out", ", ".join(held_out) or unknown)
+        if expected:
+            row("expected on an unseen domain", _expectation(expected))
         row("algorithm", f"{config['algorithm']} ({_settings(config['hparams'])})")
         row(
             "updates", f"{card.provenance['step']} of {config['steps']}, seed {config['seed']}, trial {config['trial']}"
@@ -76,6 +80,13 @@ def card_as_markdown(card: ModelCard) -> str:
         versions
     )
     return "\n".join(lines) + "\n"
+
+
+def _expectation(expected: Mapping[str, Any]) -> str:
+    return (
+        f"{expected['mean']:.0%} accuracy (95% of such domains: {expected['low']:.0%} to {expected['high']:.0%}), by "
+        f"holding out each domain in turn; worst: {expected['worst']:.0%} on {expected['worst_domain']}"
+    )
 
 
 def _splits(config: Mapping[str, Any]) -> str:
