@@ -114,14 +114,21 @@ def test_the_measured_weight_undoes_the_scale_of_the_penalty(scale: float) -> No
     assert weights(fixed, 20, 26) == pytest.approx([target * share for share in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0)])
 
 
-def test_the_weight_is_measured_in_the_steps_before_the_switch_on_alone() -> None:
+def test_measuring_begins_shortly_before_the_switch_on() -> None:
     fixed = scaled(strength=0.5, switch_on=20)
     fixed.scale = 100.0
     weights(fixed, 0, 14)
     fixed.scale = 1.0
     weights(fixed, 15, 19)
-    fixed.scale = 100.0
     assert weights(fixed, 20, 30)[-1] == pytest.approx(1.5)
+
+
+def test_the_weight_follows_the_gradients() -> None:
+    fixed = scaled(strength=0.5, switch_on=20)
+    weights(fixed, 15, 29)
+    fixed.scale = 100.0
+    followed = weights(fixed, 30, 229)
+    assert 1.5 > followed[0] > followed[1] > followed[-1] == pytest.approx(0.015, rel=0.01)
 
 
 def test_the_ramp_starts_at_the_weight_before() -> None:
@@ -145,7 +152,7 @@ def test_what_was_measured_is_in_the_state() -> None:
     fixed, fresh = scaled(strength=0.5, switch_on=20), scaled(strength=0.5, switch_on=20)
     weights(fixed, 15, 19)
     fresh.load_state_dict(fixed.state_dict())
-    assert weights(fresh, 30, 30) == weights(fixed, 30, 30) == pytest.approx([1.5])
+    assert weights(fresh, 20, 20) == weights(fixed, 20, 20) == pytest.approx([0.3])
 
 
 def test_the_reset_is_at_the_switch_on_step_that_was_put_off() -> None:

@@ -225,7 +225,7 @@ def test_a_text_for_names_and_for_an_average_is_refused() -> None:
 
 def test_data_of_ones_own_get_the_recommended_strength_and_benchmarks_the_published_weight() -> None:
     own, published = numbered(), replace(numbered(), published=True)
-    assert RunConfig.for_dataset(own, "fishr", steps=10).hparams.strength == 1.0
+    assert RunConfig.for_dataset(own, "fishr", steps=10).hparams.strength == 0.5
     assert RunConfig.for_dataset(published, "fishr", steps=10).hparams.strength is None
     assert RunConfig.for_dataset(published, "fishr", steps=10).hparams.penalty_weight == 1000.0
     assert RunConfig.for_dataset(own, "erm", steps=10).hparams == ERM.Config()

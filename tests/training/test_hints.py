@@ -34,13 +34,13 @@ def test_nothing_is_said_where_nothing_is_wrong() -> None:
 def test_a_penalty_far_above_the_loss(share: float) -> None:
     assert hints(record(10), record(20, share=share), record(30, share=share)) == [
         "with λ = 4 the weighted penalty is 150 times the loss: it may be too strong; "
-        "try penalty_weight=0.4 or strength=1"
+        "try penalty_weight=0.4 or strength=0.5"
     ]
 
 
 def test_a_penalty_far_below_the_loss() -> None:
     assert hints(record(10), record(20, share=1e-3), record(30, share=1e-3)) == [
-        "with λ = 4 the weighted penalty is 0.001 times the loss and hardly acts; try penalty_weight=40 or strength=1"
+        "with λ = 4 the weighted penalty is 0.001 times the loss and hardly acts; try penalty_weight=40 or strength=0.5"
     ]
 
 
@@ -55,7 +55,7 @@ def test_before_the_switch_on_the_penalty_may_be_anything() -> None:
 def test_validation_that_falls_after_the_switch_on() -> None:
     assert hints(record(5, validation=0.5), record(10), record(20), record(30, validation=0.7)) == [
         "validation accuracy fell from 80.0% at step 10, before the penalty was switched on, to 70.0%: "
-        "λ = 4 may be too large; try penalty_weight=0.4 or strength=1"
+        "λ = 4 may be too large; try penalty_weight=0.4 or strength=0.5"
     ]
 
 

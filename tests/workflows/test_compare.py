@@ -98,9 +98,9 @@ def test_the_first_draw_is_recommended_and_others_share_what_algorithms_have_in_
     compare(numbered(), SETTING, tmp_path, watcher)
     first, second = (watcher.configs[i].hparams for i in (0, 1))
     fishr_first, fishr_second = (watcher.configs[i].hparams for i in (2, 3))
-    assert (first.lr, fishr_first.lr, fishr_first.strength) == (1e-3, 1e-3, 1.0)
+    assert (first.lr, fishr_first.lr, fishr_first.strength) == (1e-3, 1e-3, 0.5)
     assert second.lr == fishr_second.lr != 1e-3
-    assert (fishr_second.strength, fishr_second.switch_on) == (1.0, 0.3)
+    assert (fishr_second.strength, fishr_second.switch_on) == (0.5, 0.3)
     assert {c.hparams.batch_size for c in watcher.configs} == {4}
 
 

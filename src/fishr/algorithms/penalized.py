@@ -16,10 +16,10 @@ from fishr.nn.gradient_balance import GradientBalance
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = 0.05
-"""Share of a run over which the gradients of risk and penalty are measured, and over which λ then grows."""
+RECOMMENDED_STRENGTH = 0.5
 
-RECOMMENDED_STRENGTH = 1.0
+RAMP = 0.05
+"""Share of a run over which gradients are measured before a penalty is switched on, and over which λ then grows."""
 
 UNKNOWN_RAMP = 50
 """The same in steps, where the length of the run is not known."""
@@ -33,13 +33,15 @@ class PenalizedConfig(AlgorithmConfig):
     defaults are DomainBed's convention; the Colored MNIST script's is ``weight_before=1, rescale=True,
     reset_optimizer=False``.
 
-    λ is not portable: how much it weighs depends on backbone, head and moving average. With ``strength`` it is measured
-    instead (:class:`fishr.nn.GradientBalance`), over :data:`CALIBRATION` of the run just before the switch-on step, and
-    reached by a linear ramp of the same length; a switch-on step that comes before the first measurements is put off.
+    λ is not portable: how much it weighs depends on backbone, head and moving average. With ``strength`` it follows the
+    gradients instead (:class:`fishr.nn.GradientBalance`), which are measured from :data:`RAMP` of the run before the
+    switch-on step; from that step on λ is reached by a linear ramp of the same length. A switch-on step before there are
+    measurements is put off.
 
     Attributes:
         penalty_weight: λ, the weight from the switch-on step on.
-        strength: ρ; where it is given, λ is measured and ``penalty_weight`` is not used.
+        strength: ρ, the norm of the penalty's gradient with respect to the features as a multiple of the risk's; where
+            it is given, ``penalty_weight`` is not used.
         switch_on: First step with that weight: a whole number is a step, a decimal a share of the run.
         weight_before: The weight until then.
         rescale: Divide the whole loss by the weight where that is above 1.
@@ -85,10 +87,10 @@ class PenalizedConfig(AlgorithmConfig):
         return max(math.floor(self.switch_on * steps + 0.5), self.ramp(steps))
 
     def ramp(self, steps: int | None) -> int:
-        """Steps over which λ is measured, and then grows; 0 where it is given."""
+        """Steps over which gradients are measured, and λ then grows; 0 where it is given."""
         if self.strength is None:
             return 0
-        return UNKNOWN_RAMP if steps is None else math.ceil(CALIBRATION * steps)
+        return UNKNOWN_RAMP if steps is None else math.ceil(RAMP * steps)
 
 
 class PenalizedAlgorithm(Algorithm):
@@ -115,12 +117,12 @@ class PenalizedAlgorithm(Algorithm):
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         features = self.features(batch.inputs)
-        measured_by = self.balance if self.switch_on_step - self.ramp <= step < self.switch_on_step else None
-        if measured_by and not features.requires_grad:
+        balance = self.balance if step >= self.switch_on_step - self.ramp else None
+        if balance and not features.requires_grad:
             features = features.detach().requires_grad_()
         risk, penalty = self.risk_and_penalty(features, batch)
-        if measured_by:
-            measured_by.observe(features, risk, penalty)
+        if balance:
+            balance.observe(features, risk, penalty)
         weight = self.weight(step)
         total = risk + self.l2_term()
         if isinstance(weight, Tensor) or weight > 0:

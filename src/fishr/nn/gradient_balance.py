@@ -5,14 +5,17 @@ from torch import Tensor, nn
 
 from fishr.errors import ConfigError
 
+DECAY = 0.95
+
 
 class GradientBalance(nn.Module):
     """The weight λ at which the gradient of a penalty has ρ times the norm of the risk's.
 
-        λ = ρ · Σ_t ‖∂R_t/∂z_t‖ / Σ_t ‖∂P_t/∂z_t‖
+        λ_t = ρ · Σ_s γ^(t−s) ‖∂R_s/∂z_s‖ / Σ_s γ^(t−s) ‖∂P_s/∂z_s‖
 
-    over the steps t that were observed, with features z ``[sample, feature]``, risk R and penalty P. λ is 0 before the
-    first of them, and where the penalty has no gradient. Scaling the penalty by a constant leaves λ · P as it is.
+    over the steps s ≤ t that were observed, with features z ``[sample, feature]``, risk R, penalty P and γ = 0.95: an
+    average over about 20 steps. λ is 0 before the first of them, and where the penalty has no gradient. Scaling the
+    penalty by a constant leaves λ · P as it is, and where the gradient of the risk vanishes λ does too.
 
     Args:
         strength: ρ, above 0.
@@ -42,7 +45,7 @@ class GradientBalance(nn.Module):
         """Add the gradients of one step; the graph of risk and penalty stays."""
         for norm, value in ((self.risk_norm, risk), (self.penalty_norm, penalty)):
             (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
-            norm += gradient.float().norm()
+            norm.mul_(DECAY).add_(gradient.float().norm())
 
     def weight(self) -> Tensor:
         """λ, a scalar."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from fishr.algorithms.penalized import PenalizedConfig
+from fishr.algorithms.penalized import RECOMMENDED_STRENGTH, PenalizedConfig
 from fishr.records import RunRecord
 from fishr.training.config import RunConfig
 
@@ -39,7 +39,10 @@ def penalty_hints(records: Sequence[RunRecord], config: RunConfig, train_domains
     weaker, stronger = (
         (f"strength={hparams.strength / 10:g}", f"strength={hparams.strength * 10:g}")
         if hparams.strength is not None
-        else (f"penalty_weight={weight / 10:.3g} or strength=1", f"penalty_weight={weight * 10:.3g} or strength=1")
+        else (
+            f"penalty_weight={weight / 10:.3g} or strength={RECOMMENDED_STRENGTH}",
+            f"penalty_weight={weight * 10:.3g} or strength={RECOMMENDED_STRENGTH}",
+        )
     )
     hints = []
     share = median(_share(record) for record in after)
