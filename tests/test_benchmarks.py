@@ -135,3 +135,13 @@ def test_pacs_judges_by_the_paired_difference(script, differences, verdict):
         for domain in ("a", "b")
     }
     assert script("pacs").conclusion(results).startswith(verdict)
+
+
+def test_manifest_writes_time_and_memory(script, tmp_path):
+    results = run(script, "manifest", tmp_path)
+    assert list(results) == [".csv", ".parquet"]
+    for measured in results.values():
+        assert measured["images"] == 1000
+        assert measured["seconds"] > 0
+        assert measured["bytes"] > 0
+    assert [goal.bound for goal in script("manifest").goals(results)] == [60, 200, 60, 200]

@@ -33,10 +33,10 @@ class PenalizedConfig(AlgorithmConfig):
     defaults are DomainBed's convention; the Colored MNIST script's is ``weight_before=1, rescale=True,
     reset_optimizer=False``.
 
-    λ is not portable: how much it weighs depends on backbone, head and moving average. With ``strength`` it follows the
-    gradients instead (:class:`fishr.nn.GradientBalance`), which are measured from :data:`RAMP` of the run before the
-    switch-on step; from that step on λ is reached by a linear ramp of the same length. A switch-on step before there are
-    measurements is put off.
+    λ is not portable: how much it weighs depends on backbone, head and moving average. With ``strength`` it follows
+    the gradients instead (:class:`fishr.nn.GradientBalance`), which are measured from :data:`RAMP` of the run before
+    the switch-on step; from that step on λ is reached by a linear ramp of the same length. A switch-on step before
+    there are measurements is put off.
 
     Attributes:
         penalty_weight: λ, the weight from the switch-on step on.

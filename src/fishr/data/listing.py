@@ -687,10 +687,11 @@ def _group_codes(manifest: _Manifest, rows: NDArray[np.int64]) -> NDArray[np.int
     # Every empty cell becomes a group of its own, numbered after those that have a name.
     groups = np.where(empty, len(manifest.columns["group"].dictionary) + np.arange(len(codes), dtype=np.int32), codes)
     groups = groups[rows]
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
+    number_of = np.full(groups.max() + 1, -1)
+    number_of[groups[::-1]] = np.arange(len(groups))[::-1]  # of several, the last assigned stays: where it appears first
+    appeared = np.flatnonzero(number_of >= 0)
+    number_of[appeared[np.argsort(number_of[appeared])]] = np.arange(len(appeared))
+    return number_of[groups]
 
 
 def _check_unique(
