@@ -688,7 +688,8 @@ def _group_codes(manifest: _Manifest, rows: NDArray[np.int64]) -> NDArray[np.int
     groups = np.where(empty, len(manifest.columns["group"].dictionary) + np.arange(len(codes), dtype=np.int32), codes)
     groups = groups[rows]
     number_of = np.full(groups.max() + 1, -1)
-    number_of[groups[::-1]] = np.arange(len(groups))[::-1]  # of several, the last assigned stays: where it appears first
+    # Of several values for one entry the last is assigned: where a group appears first.
+    number_of[groups[::-1]] = np.arange(len(groups))[::-1]
     appeared = np.flatnonzero(number_of >= 0)
     number_of[appeared[np.argsort(number_of[appeared])]] = np.arange(len(appeared))
     return number_of[groups]
