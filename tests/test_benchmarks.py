@@ -2,10 +2,15 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from fishr.algorithms import ALGORITHMS
+from fishr.algorithms.fishr import FishrConfig
+from fishr.data import DomainBatch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SETUP = {"date", "machine", "threads", "versions", "environment", "repeats", "quick", "method"}
@@ -145,3 +150,56 @@ def test_manifest_writes_time_and_memory(script, tmp_path):
         assert measured["seconds"] > 0
         assert measured["bytes"] > 0
     assert [goal.bound for goal in script("manifest").goals(results)] == [60, 200, 60, 200]
+
+
+def test_strength_compares_forms_with_erm(script, data_root, tmp_path, monkeypatch):
+    strength = script("strength")
+    monkeypatch.setenv("FISHR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(strength, "DIGITS_SETTINGS", {"follow": (0.5,), "once": (0.5,), "relative": (1.0,)})
+    monkeypatch.setattr(strength, "PACS_SETTINGS", {"once": (0.5,)})
+    monkeypatch.setattr(strength.pacs, "QUICK", replace(strength.pacs.QUICK, steps=2))
+    weights = data_root / "weights" / "mobilenetv2_100_imagenet.safetensors"
+    options = ["--quick", "--data-root", str(data_root), "--weights", str(weights), "--runs", str(tmp_path / "runs")]
+    strength.main([*options, "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "strength.json").read_text(encoding="utf-8"))["results"]
+    assert {name: list(of) for name, of in results.items()} == {
+        "Colored Digits, 4 steps": ["ERM", "follow 0.5", "once 0.5", "relative 1"],
+        "PACS, last step": ["ERM", "once 0.5"],
+        "PACS, best by validation": ["ERM", "once 0.5"],
+    }
+    assert all(len(values) == 2 for of in results.values() for form in of.values() for values in form.values())
+
+
+def test_a_weight_measured_once_stays(script):
+    """While the library's follows the gradients, which are a hundredth from step 20 on."""
+    script("strength")
+    data = DomainBatch(torch.randn(12, 3, generator=torch.manual_seed(0)), torch.arange(12) % 2, (6, 6))
+    weights = {}
+    for name in ("fishr", "fishr-once"):
+        config = FishrConfig(strength=0.5, switch_on=10, lr=1e-9)
+        head = torch.nn.Linear(3, 2)
+        algorithm = ALGORITHMS[name](torch.nn.Identity(), head, 2, config, steps=100)
+        optimizers = algorithm.configure_optimizers()
+        for step in range(40):
+            if step == 20:
+                head.weight.data.mul_(10)
+            losses = algorithm.training_step(data, step, optimizers)
+            weights[name, step] = losses.terms["penalty_weight"].item()
+    assert weights["fishr-once", 9] == 0
+    assert weights["fishr-once", 19] == weights["fishr-once", 39] > 0
+    assert weights["fishr", 39] != pytest.approx(weights["fishr", 19], rel=0.1)
+
+
+def test_a_relative_penalty_has_no_scale(script):
+    strength = script("strength")
+    targets = torch.arange(12) % 2
+    features = torch.randn(12, 3, generator=torch.manual_seed(0))
+    penalties = []
+    for scale in (1.0, 10.0):
+        head = torch.nn.Linear(3, 2, bias=False)
+        torch.nn.init.zeros_(head.weight)  # residuals do not depend on the features then
+        data = DomainBatch(scale * features, targets, (6, 6))
+        algorithm = strength.FishrRelative(torch.nn.Identity(), head, 2, FishrConfig(ema=0.5), steps=10)
+        penalties.append(algorithm.risk_and_penalty(data.inputs, data)[1].item())
+    assert penalties[0] > 0
+    assert penalties[1] == pytest.approx(penalties[0])

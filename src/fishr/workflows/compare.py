@@ -293,7 +293,8 @@ class _Comparison:
         pairs = len(self._pairs()) * extent.draws if self._leaves_out(extent) else 0
         runs = (held_out + pairs) * len(costs) + 1
         each = [cost.seconds(extent.steps, _checkpoint_every(extent)) for cost in costs.values()]
-        return Plan(extent, runs, (held_out + pairs) * sum(each) + max(each), costs)
+        on_all_domains = max(each) * len(self.domains) / (len(self.domains) - 1)
+        return Plan(extent, runs, (held_out + pairs) * sum(each) + on_all_domains, costs)
 
     def _leaves_out(self, extent: Extent) -> bool:
         """Whether training domains are left out: only to choose among several draws."""
