@@ -130,7 +130,8 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     content = {"setup": setup, "results": results, "goals": [goal.as_dict() for goal in goals]}
     write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    judged = goals_table(goals) if goals else "Toy sizes: these numbers say nothing, no goal is judged."
+    without = "Toy sizes: these numbers say nothing, no goal is judged." if setup["quick"] else "No goal was set."
+    judged = goals_table(goals) if goals else without
     text = f"# {name}\n\n{table}\n\n{judged}\n\n{_setup_lines(setup)}\n"
     write_text(folder / f"{name}.md", text)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from fishr.reports.tables import markdown_table
 
-METHOD = """Columns path (46 characters), label (10 classes), domain (5), split and group (4 images each), rows
+METHOD = """Columns path (45 characters), label (10 classes), domain (5), split and group (20 images each), rows
 shuffled. read_manifest as fishr train calls it, before any image is opened; medians over processes."""
 
 ROWS, QUICK_ROWS = 1_000_000, 1_000

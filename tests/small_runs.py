@@ -32,6 +32,7 @@ RUNS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "irm": ("irm", PENALTY, "32"),
     "vrex": ("vrex", PENALTY, "32"),
     "fishr": ("fishr", {**PENALTY, "ema": 0.9}, "32"),
+    "fishr-strength": ("fishr", {"strength": 0.5, "switch_on": SWITCH_ON, "ema": 0.9}, "32"),
     "fishr-bf16": ("fishr", {**PENALTY, "ema": 0.9}, "bf16-mixed"),
 }
 """Name to algorithm, hyperparameters and precision."""

@@ -168,7 +168,7 @@ def test_the_reset_is_at_the_switch_on_step_that_was_put_off() -> None:
 def test_settings_of_the_strength_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"^strength must be above 0, or null for the given penalty_weight, got 0.0$"):
         PenalizedConfig(strength=0.0)
-    with pytest.raises(ConfigError, match=r"^rescale is for large penalty weights and does not go with strength$"):
+    with pytest.raises(ConfigError, match=r"^rescale is for a large penalty_weight: give one, and strength null$"):
         PenalizedConfig(strength=1.0, rescale=True)
 
 

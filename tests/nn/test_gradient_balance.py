@@ -48,3 +48,18 @@ def test_the_graph_and_the_gradients_are_left_as_they_are() -> None:
 def test_a_strength_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^strength must be above 0, got 0.0$"):
         GradientBalance(0.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_passed_over(bad: float) -> None:
+    """Else λ would be 0 ever after, and the run ERM's without a word."""
+    balance, features = GradientBalance(strength=1.0), leaf(1.0)
+    balance.observe(features, features.sum(), bad * features.sum())
+    balance.observe(features, features.sum(), features.sum())
+    assert balance.weight().isnan()
+
+
+def test_a_penalty_that_does_not_depend_on_the_features_has_no_weight() -> None:
+    balance, features, other = GradientBalance(strength=1.0), leaf(1.0), leaf(1.0)
+    balance.observe(features, features.sum(), other.sum())
+    assert balance.weight() == 0

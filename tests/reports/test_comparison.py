@@ -124,6 +124,6 @@ def test_table() -> None:
         "held out", "a", "b", "c", "d", "mean", "worst", "difference to ERM",
     ]  # fmt: skip
     assert [cell.strip() for cell in table[2].split("|")[1:-1]] == [
-        "ERM", "61.0 ± 0.7", "70.5 ± 0.4", "80.0 ± 0.0", "89.0 ± 0.7", "75.1 ± 0.1", "61.0 (a)", "",
+        "ERM", "61.0 ± 1.0", "70.5 ± 0.5", "80.0 ± 0.0", "89.0 ± 1.0", "75.1 ± 0.1", "61.0 (a)", "",
     ]  # fmt: skip
     assert [cell.strip() for cell in table[3].split("|")[1:-1]][-1] == "+1.0 (+1.0 to +1.0)"

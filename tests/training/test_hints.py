@@ -32,45 +32,55 @@ def test_nothing_is_said_where_nothing_is_wrong() -> None:
 
 @pytest.mark.parametrize("share", [150.0, -150.0])
 def test_a_penalty_far_above_the_loss(share: float) -> None:
-    assert hints(record(10), record(20, share=share), record(30, share=share)) == [
+    assert hints(record(20), record(25, share=share), record(30, share=share)) == [
         "with λ = 4 the weighted penalty is 150 times the loss: it may be too strong; "
         "try penalty_weight=0.4 or strength=0.5"
     ]
 
 
 def test_a_penalty_far_below_the_loss() -> None:
-    assert hints(record(10), record(20, share=1e-3), record(30, share=1e-3)) == [
+    assert hints(record(20), record(25, share=1e-3), record(30, share=1e-3)) == [
         "with λ = 4 the weighted penalty is 0.001 times the loss and hardly acts; try penalty_weight=40 or strength=0.5"
     ]
 
 
 def test_a_penalty_that_is_far_off_for_a_short_while_only() -> None:
-    assert hints(record(16, share=1e4), record(20), record(30)) == []
+    assert hints(record(15), record(16, share=1e4), record(20), record(30)) == []
 
 
 def test_before_the_switch_on_the_penalty_may_be_anything() -> None:
     assert hints(record(5, share=1e6), record(10, share=1e6), record(15, share=1e6), record(20), record(30)) == []
 
 
-def test_validation_that_falls_after_the_switch_on() -> None:
+def test_validation_that_falls() -> None:
     assert hints(record(5, validation=0.5), record(10), record(20), record(30, validation=0.7)) == [
-        "validation accuracy fell from 80.0% at step 10, before the penalty was switched on, to 70.0%: "
+        "validation accuracy fell from 80.0% at step 10 to 70.0%, with the penalty switched on at step 15: "
         "λ = 4 may be too large; try penalty_weight=0.4 or strength=0.5"
     ]
+    assert "from 90.0% at step 20 to 70.0%" in hints(record(20, validation=0.9), record(30, validation=0.7))[0]
 
 
 def test_validation_that_falls_a_little_or_recovers() -> None:
     assert hints(record(10), record(20, validation=0.5), record(30, validation=0.79)) == []
 
 
-def test_a_measured_weight_is_changed_by_its_strength() -> None:
-    said = hints(record(10), record(30, share=200.0, weight=44.4), strength=0.5)
-    assert said == ["with λ = 44.4 the weighted penalty is 200 times the loss: it may be too strong; try strength=0.05"]
+def test_of_a_measured_weight_only_validation_tells() -> None:
+    assert hints(record(10), record(20, share=200.0), record(30, share=200.0), strength=0.5) == []
+    said = hints(record(10), record(20, weight=44.4), record(30, weight=44.4, validation=0.7), strength=0.5)
+    assert said[0].endswith("λ = 44.4 may be too large; try strength=0.25")
+
+
+def test_a_record_from_both_sides_of_the_switch_on_is_not_judged() -> None:
+    assert hints(record(10), record(20, share=1e6)) == []
+
+
+def test_records_without_the_weight_have_no_hints() -> None:
+    assert hints(*(replace(each, losses={"risk": 1.0, "penalty": 1e9}) for each in (record(20), record(30)))) == []
 
 
 def test_a_risk_of_zero_is_far_below() -> None:
     without_risk = replace(record(30), losses={"risk": 0.0, "penalty": 1.0, "penalty_weight": 1.0})
-    assert "inf times the loss" in hints(without_risk)[0]
+    assert "inf times the loss" in hints(record(20), without_risk)[0]
 
 
 def test_without_out_splits_validation_is_not_looked_at() -> None:

@@ -9,18 +9,22 @@ from statistics import fmean
 import pytest
 import torch
 
+from fishr.algorithms import ALGORITHMS, ERM, Losses
 from fishr.data import MultiDomainDataset, Samples
-from fishr.errors import ConfigError, RunError, RunInterruptedError
+from fishr.errors import ConfigError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models import ModelConfig, load_model
 from fishr.reports.comparison import expectation, verdict
 from fishr.training.loop import RunCost, Silent
 from fishr.workflows import compare as workflow
 from fishr.workflows.compare import Setting, compare
 from fishr.workflows.plan import Extent
-from small_runs import numbered, signal_at
+from small_runs import numbered, registered, signal_at
 
 SETTING = Setting(
-    ("fishr",), Extent(draws=2, seeds=2, steps=6), model=ModelConfig("mlp", {"width": 4, "depth": 1}), batch_size=4
+    ("fishr",),
+    Extent(draws=2, seeds=2, steps=6),
+    model=ModelConfig("mlp", {"width": 4, "depth": 1}),
+    hparams={"batch_size": 4},
 )
 
 
@@ -43,6 +47,8 @@ class Watching:
 
     def on_images(self, done, total): ...
 
+    def on_measure(self, algorithm): ...
+
     def on_plan(self, plan, asked):
         self.plan = plan
 
@@ -63,7 +69,7 @@ def costs(monkeypatch):
 
     def measure(config, dataset, **options):
         measured.append(config.algorithm)
-        return RunCost(start=0.0, step=1.0, evaluation=0.0)
+        return RunCost(start=0.0, step=1.0, checkpoint=0.0)
 
     monkeypatch.setattr(workflow, "measure_cost", measure)
     return measured
@@ -181,7 +187,7 @@ def test_the_model_is_trained_on_all_domains_and_its_card_says_what_to_expect(tm
     assert f"| expected on an unseen domain | {outcome.expectation.mean:.0%}" in text
 
 
-@pytest.mark.parametrize("number", [1, 9, 19])
+@pytest.mark.parametrize("number", [1, 3, 16, 19])
 def test_a_stopped_comparison_continues_to_the_same_results(number, tmp_path, costs):
     compare(numbered(), SETTING, tmp_path / "whole", Watching())
 
@@ -216,13 +222,14 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path, costs):
     compare(numbered(), SETTING, tmp_path, Watching())
     with pytest.raises(
         RunError,
-        match=r"another comparison \(select: False → True; batch_size: 4 → 8\): choose another --output, or delete",
+        match=r"another comparison \(select: False → True; given.batch_size: 4 → 8\): choose another --output",
     ):
-        compare(numbered(), replace(SETTING, batch_size=8, select=True), tmp_path, Watching())
+        compare(numbered(), replace(SETTING, hparams={"batch_size": 8}, select=True), tmp_path, Watching())
 
 
-def test_a_damaged_plan_is_refused(tmp_path, costs):
-    (tmp_path / "plan.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "compared": 3}'])
+def test_a_damaged_plan_is_refused(content, tmp_path, costs):
+    (tmp_path / "plan.json").write_text(content)
     with pytest.raises(
         RunError, match=r"plan.json cannot be read: choose another --output, or delete the file to plan"
     ):
@@ -232,7 +239,7 @@ def test_a_damaged_plan_is_refused(tmp_path, costs):
 def test_a_budget_takes_draws_then_seeds_then_steps(tmp_path, costs):
     """18 runs of 6 steps, a second each, and one on all domains do not fit; 12 and that one do."""
     watcher = Watching()
-    setting = replace(SETTING, budget=12 * 6 + 9)
+    setting = replace(SETTING, budget=12 * 6 + 9.5)
     compare(numbered(), setting, tmp_path, watcher)
     assert watcher.plan.extent == Extent(1, 2, 6)
     assert watcher.plan.seconds <= setting.budget
@@ -252,7 +259,7 @@ def test_costs_are_measured(tmp_path):
     compare(numbered(), replace(SETTING, asked=Extent(1, 1, 2)), tmp_path, watcher)
     for cost in watcher.plan.costs.values():
         assert 0 < cost.step < 10
-        assert 0 < cost.evaluation < 10
+        assert 0 < cost.checkpoint < 10
         assert 0 < cost.start < 10
 
 
@@ -279,3 +286,77 @@ def test_settings_that_cannot_be():
 def test_erm_is_always_compared_with_and_comes_first():
     assert Setting(("fishr", "vrex", "fishr"), Extent(1, 1, 1)).algorithms == ("erm", "fishr", "vrex")
     assert Setting(("fishr", "erm"), Extent(1, 1, 1)).algorithms == ("erm", "fishr")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, costs):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r" exists and is not a comparison \(it has no plan.json\): choose another"):
+        compare(numbered(), SETTING, tmp_path, Watching())
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_without_its_plan_a_comparison_is_planned_anew(tmp_path, costs):
+    compare(numbered(), SETTING, tmp_path, Watching())
+    (tmp_path / "plan.json").unlink()
+    watcher = Watching()
+    compare(numbered(), SETTING, tmp_path, watcher)
+    assert watcher.trained == 0
+    assert costs == ["erm", "fishr"] * 2
+
+
+def test_an_algorithm_more_is_measured_and_the_others_are_not_again(tmp_path, costs):
+    compare(numbered(), SETTING, tmp_path, Watching())
+    compare(numbered(), replace(SETTING, algorithms=("vrex", "fishr")), tmp_path, Watching())
+    assert costs == ["erm", "fishr", "vrex"]
+
+
+class Diverging(ERM):
+    """Its loss is not finite with any learning rate but the recommended one."""
+
+    def losses(self, batch, step):
+        losses = super().losses(batch, step)
+        return losses if self.config.lr == 1e-3 else Losses(losses.total * float("nan"), losses.terms)
+
+
+def test_a_draw_that_diverges_is_out(tmp_path, costs, warnings_logged):
+    with registered(ALGORITHMS, "diverging", Diverging):
+        outcome = compare(numbered(), replace(SETTING, algorithms=("diverging",)), tmp_path, Watching())
+        for domain, choice in outcome.choices["diverging"].items():
+            assert choice.draw == 0
+            assert choice.scores[1] is choice.held_out[1] is None
+            assert outcome.accuracies["diverging"][domain][0] == choice.held_out[0]
+        assert warnings_logged()[0].startswith("draw 1 of ERM is out, held out a: at step 1 loss is nan")
+        assert json.loads((tmp_path / "results.json").read_text())["choices"]["diverging"]["a"]["scores"][1] is None
+        bad = replace(SETTING, algorithms=("diverging",), hparams={"lr": 1.0})
+        with pytest.raises(NonFiniteLossError):
+            compare(numbered(), bad, tmp_path / "bad", Watching())
+
+
+def test_given_hyperparameters_are_those_of_all_draws_of_algorithms_that_have_them(tmp_path, costs):
+    watcher = Watching()
+    setting = replace(SETTING, hparams={"batch_size": 4, "lr": 0.5, "penalty_weight": 2.0})
+    compare(numbered(), setting, tmp_path, watcher)
+    assert {c.hparams.lr for c in watcher.configs} == {0.5}
+    fishr = [c.hparams for c in watcher.configs if c.algorithm == "fishr"]
+    assert {(h.penalty_weight, h.strength) for h in fishr} == {(2.0, None)}
+    with pytest.raises(ConfigError, match=r"unknown hyperparameter of erm, fishr 'strenght'"):
+        compare(numbered(), replace(SETTING, hparams={"strenght": 2.0}), tmp_path / "other", Watching())
+
+
+def test_results_say_what_was_reduced_and_what_chose(tmp_path, costs):
+    compare(numbered(), replace(SETTING, budget=12 * 6 + 9.5), tmp_path / "reduced", Watching())
+    text = (tmp_path / "reduced/results.md").read_text()
+    assert "1 draw, 2 seeds, 6 steps instead of 2 draws, 2 seeds, 6 steps, for the budget." in text
+    assert "Hyperparameters are the recommended ones." in text
+    compare(numbered(), SETTING, tmp_path / "whole", Watching())
+    text = (tmp_path / "whole/results.md").read_text()
+    assert "2 draws, 2 seeds, 6 steps. Hyperparameters were chosen by accuracy on the out-splits of the" in text
+
+
+def test_hints_are_those_of_all_runs_of_an_algorithm(tmp_path, costs):
+    setting = replace(SETTING, hparams={"batch_size": 4, "penalty_weight": 1e9})
+    outcome = compare(numbered(), setting, tmp_path, Watching())
+    assert outcome.hints["erm"] == []
+    assert len(outcome.hints["fishr"]) >= 9
+    assert "λ = 1e+09" in outcome.hints["fishr"][0]

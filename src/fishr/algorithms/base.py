@@ -164,6 +164,7 @@ class Algorithm(nn.Module):
     Attributes:
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
         switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
+        ramp: Steps from then on until it is so in full.
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
@@ -171,6 +172,7 @@ class Algorithm(nn.Module):
     reference: ClassVar[str]
     min_domains: ClassVar[int] = 1
     switch_on_step: int = 0
+    ramp: int = 0
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class PenalizedConfig(AlgorithmConfig):
 
     @classmethod
     def recommended(cls, kind: Kind) -> Self:
-        return super().recommended(kind).updated({"strength": RECOMMENDED_STRENGTH})
+        return super().recommended(kind).updated({"strength": RECOMMENDED_STRENGTH, "weight_before": 0.0})
 
     def problems(self) -> list[str]:
         problems = super().problems() + [
@@ -68,7 +68,7 @@ class PenalizedConfig(AlgorithmConfig):
         if self.strength is not None and self.strength <= 0:
             problems.append(f"strength must be above 0, or null for the given penalty_weight, got {self.strength}")
         if self.strength is not None and self.rescale:
-            problems.append("rescale is for large penalty weights and does not go with strength")
+            problems.append("rescale is for a large penalty_weight: give one, and strength null")
         return problems
 
     def switch_on_step(self, steps: int | None) -> int:

@@ -48,6 +48,7 @@ def compare(
     ),
     output: Path | None = typer.Option(None, "--output", help="Folder of runs and results; default runs/compare-DATA."),
     batch_size: int | None = options.BatchSize,
+    settings: list[str] = options.Set,
     average: str | None = options.Average,
     select: bool = options.Select,
     class_balanced: bool = options.ClassBalanced,
@@ -91,6 +92,7 @@ def compare(
     from fishr.workflows import compare as workflow
     from fishr.workflows.plan import Extent, parse_duration
 
+    seconds = None if budget is None else parse_duration(budget)
     dataset = options.load_data(
         data,
         data_root,
@@ -104,12 +106,12 @@ def compare(
     setting = workflow.Setting(
         algorithms,
         Extent(draws, seeds, steps),
-        None if budget is None else parse_duration(budget),
+        seconds,
         cast(workflow.SelectBy, select_by),
         options.backbone_model(
             dataset, backbone, backbone_arg, weights, no_pretrained, mean, std, train_batch_norm=train_batch_norm
         ),
-        batch_size,
+        options.hyperparameters(settings, batch_size),
         cast(Precision, precision),
         None if average is None else AverageConfig(average),
         select,
@@ -127,10 +129,7 @@ def compare(
     print_line(comparison_table(outcome.accuracies, workflow.titles(outcome.accuracies)))
     print_line(outcome.verdict.sentence)
     print_line(workflow.expectation_sentence(outcome))
-    print_line(
-        "Accuracy in % on held-out domains, mean ± standard error over seeds; difference with its 95% interval over "
-        "domains."
-    )
+    print_line(workflow.CAPTION)
     if watcher.trained == 0:
         print_line(f"All runs were done before; to make them anew, delete {folder}.")
     chosen = workflow.title(outcome.verdict.chosen)
@@ -159,6 +158,11 @@ class Watcher:
 
     def on_images(self, done: int, total: int) -> None:
         self.decoding.on_images(done, total)
+
+    def on_measure(self, algorithm: str) -> None:
+        from fishr.workflows.compare import title
+
+        self._say(f"measuring how long a run of {title(algorithm)} takes")
 
     def on_plan(self, plan: "Plan", asked: "Extent") -> None:
         from fishr.workflows.compare import title

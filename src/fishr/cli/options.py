@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 IMAGES, BACKBONE = "Images", "Backbone"
 
 Precision = typer.Option("32", "--precision", help="32, or bf16-mixed: featurizer in bfloat16.")
+Set = typer.Option([], "--set", metavar="KEY=VALUE", help="Hyperparameters, e.g. lr=1e-4.")
 BatchSize = typer.Option(None, "--batch-size", help="Samples of each domain in a batch.")
 ClassBalanced = typer.Option(False, "--class-balanced", help="Draw each class as often.")
 Subset = typer.Option(None, "--subset", help="Samples of each domain to use, for short runs.")
@@ -56,6 +57,11 @@ Std = typer.Option(None, "--std", help="Standard deviation likewise.", rich_help
 TrainBatchNorm = typer.Option(
     False, "--train-batch-norm", help="Update the statistics of batch norm in training.", rich_help_panel=BACKBONE
 )
+
+
+def hyperparameters(settings: Sequence[str], batch_size: int | None) -> dict[str, Any]:
+    """What ``--set`` and ``--batch-size`` ask for."""
+    return parse_settings(settings) | ({} if batch_size is None else {"batch_size": batch_size})
 
 
 def load_data(

@@ -29,7 +29,7 @@ def train(
     ),
     steps: int = typer.Option(5000, "--steps", help="Updates to make."),
     batch_size: int | None = options.BatchSize,
-    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Hyperparameters, e.g. lr=1e-4."),
+    settings: list[str] = options.Set,
     average: str | None = options.Average,
     average_arg: list[str] = typer.Option([], "--average-arg", metavar="KEY=VALUE", help="Its options, e.g. start=50."),
     select: bool = options.Select,
@@ -86,7 +86,7 @@ def train(
         cache=cache,
         strict=strict,
     )
-    hparams = options.parse_settings(settings) | ({} if batch_size is None else {"batch_size": batch_size})
+    hparams = options.hyperparameters(settings, batch_size)
     if average_arg and average is None:
         raise ConfigError("--average-arg needs --average sma, ema or swad")
     average_options = options.parse_settings(average_arg, "--average-arg")

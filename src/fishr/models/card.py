@@ -84,8 +84,8 @@ def card_as_markdown(card: ModelCard) -> str:
 
 def _expectation(expected: Mapping[str, Any]) -> str:
     return (
-        f"{expected['mean']:.0%} accuracy (95% of such domains: {expected['low']:.0%} to {expected['high']:.0%}), by "
-        f"holding out each domain in turn; worst: {expected['worst']:.0%} on {expected['worst_domain']}"
+        f"{expected['mean']:.0%} accuracy ({expected['low']:.0%} to {expected['high']:.0%} with a probability of 95%), "
+        f"by holding out each domain in turn; worst: {expected['worst']:.0%} on {expected['worst_domain']}"
     )
 
 

@@ -1,5 +1,7 @@
 """How much a penalty weighs against the risk, by their gradients."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ class GradientBalance(nn.Module):
         λ_t = ρ · Σ_s γ^(t−s) ‖∂R_s/∂z_s‖ / Σ_s γ^(t−s) ‖∂P_s/∂z_s‖
 
     over the steps s ≤ t that were observed, with features z ``[sample, feature]``, risk R, penalty P and γ = 0.95: an
-    average over about 20 steps. λ is 0 before the first of them, and where the penalty has no gradient. Scaling the
-    penalty by a constant leaves λ · P as it is, and where the gradient of the risk vanishes λ does too.
+    average over about 20 steps. λ is 0 before the first of them, and where the penalty has no gradient; it is not a
+    number from a gradient on that is not finite. Scaling the penalty by a constant leaves λ · P as it is, and where the
+    gradient of the risk vanishes λ does too.
 
     Args:
         strength: ρ, above 0.
@@ -44,13 +47,16 @@ class GradientBalance(nn.Module):
     def observe(self, features: Tensor, risk: Tensor, penalty: Tensor) -> None:
         """Add the gradients of one step; the graph of risk and penalty stays."""
         for norm, value in ((self.risk_norm, risk), (self.penalty_norm, penalty)):
-            (gradient,) = torch.autograd.grad(value, features, retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                value, features, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             norm.mul_(DECAY).add_(gradient.float().norm())
 
     def weight(self) -> Tensor:
         """λ, a scalar."""
         ratio = self.risk_norm / self.penalty_norm
-        return self.strength * torch.where(self.penalty_norm > 0, ratio, torch.zeros_like(ratio))
+        weight = self.strength * ratio.where(self.penalty_norm != 0, 0.0)
+        return weight.where(self.penalty_norm.isfinite(), math.nan)
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}"

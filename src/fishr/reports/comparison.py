@@ -8,7 +8,7 @@ more about these domains and nothing about others.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, stdev
 
 from scipy.stats import t as students_t
 
@@ -159,8 +159,10 @@ def comparison_table(accuracies: Accuracies, titles: Mapping[str, str]) -> str:
 
 
 def _mean_and_error(values: Sequence[float]) -> str:
-    """Mean ± standard error (population standard deviation over √n), in percent."""
-    return mean_and_std(fmean(values) * 100, pstdev(values) / math.sqrt(len(values)) * 100)
+    """Mean ± standard error (standard deviation over √n), in percent; of a single value itself."""
+    if len(values) == 1:
+        return f"{values[0] * 100:.1f}"
+    return mean_and_std(fmean(values) * 100, stdev(values) / math.sqrt(len(values)) * 100)
 
 
 def _said(paired: Difference) -> str:

@@ -12,6 +12,11 @@ def mean_and_std(mean: float, std: float) -> str:
     return f"{mean:.1f} ± {std:.1f}"
 
 
+def one_line(text: str) -> str:
+    """Text without what breaks a line or steers a terminal, whatever somebody calls their files."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right.
 
@@ -20,6 +25,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |:-------|-----:|
     | ERM    | 14.0 |
     """
+    header, *rows = ([one_line(cell).replace("|", "\\|") for cell in cells] for cells in (header, *rows))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ FALL = 0.02
 def penalty_hints(records: Sequence[RunRecord], config: RunConfig, train_domains: Sequence[str]) -> list[str]:
     """What to change about the weight of the penalty, one sentence for each sign; empty if nothing is wrong with it.
 
-    Signs are a weighted penalty λ · P that is :data:`FAR` above or below the risk in half of the records after the
-    switch-on step, and a validation accuracy (mean over the out-splits of the training domains) that ends
-    :data:`FALL` below that at the switch-on.
+    Signs are, of a given λ, a weighted penalty λ · P that is :data:`FAR` above or below the risk in half of the records
+    after the switch-on step; and a validation accuracy (mean over the out-splits of the training domains) that ends
+    :data:`FALL` below its best. Records from before they held λ have none.
 
     Args:
         records: All records of the run, oldest first.
@@ -27,40 +27,35 @@ def penalty_hints(records: Sequence[RunRecord], config: RunConfig, train_domains
         train_domains: Names of its training domains.
     """
     hparams = config.hparams
-    if not isinstance(hparams, PenalizedConfig):
+    if not isinstance(hparams, PenalizedConfig) or any("penalty_weight" not in record.losses for record in records):
         return []
     switch_on = hparams.switch_on_step(config.steps)
-    before = [record for record in records if record.step <= switch_on]
-    after = [record for record in records if record.step > switch_on]
+    starts = [0, *(record.step for record in records)]
+    after = [record for start, record in zip(starts, records, strict=False) if start >= switch_on]
     if not after:
         return []
     weight = after[-1].losses["penalty_weight"]
-    setting = f"λ = {weight:.3g}"
-    weaker, stronger = (
-        (f"strength={hparams.strength / 10:g}", f"strength={hparams.strength * 10:g}")
-        if hparams.strength is not None
-        else (
-            f"penalty_weight={weight / 10:.3g} or strength={RECOMMENDED_STRENGTH}",
-            f"penalty_weight={weight * 10:.3g} or strength={RECOMMENDED_STRENGTH}",
-        )
-    )
     hints = []
-    share = median(_share(record) for record in after)
-    if share > FAR:
-        hints.append(
-            f"with {setting} the weighted penalty is {share:.0f} times the loss: it may be too strong; try {weaker}"
+    if hparams.strength is None:
+        weaker, stronger = (
+            f"penalty_weight={changed:.3g} or strength={RECOMMENDED_STRENGTH}" for changed in (weight / 10, weight * 10)
         )
-    elif share < 1 / FAR:
+        share = median(_share(record) for record in after)
+        far = f"with λ = {weight:.3g} the weighted penalty is {share:.3g} times the loss"
+        if share > FAR:
+            hints.append(f"{far}: it may be too strong; try {weaker}")
+        elif share < 1 / FAR:
+            hints.append(f"{far} and hardly acts; try {stronger}")
+    else:
+        weaker = f"strength={hparams.strength / 2:g}"
+    *earlier, last = [_validation(record, train_domains) for record in records]
+    best = max(earlier, default=last)
+    if last < best - FALL:
+        step = records[earlier.index(best)].step
         hints.append(
-            f"with {setting} the weighted penalty is {share:.1g} times the loss and hardly acts; try {stronger}"
+            f"validation accuracy fell from {best:.1%} at step {step} to {last:.1%}, with the penalty switched on at "
+            f"step {switch_on}: λ = {weight:.3g} may be too large; try {weaker}"
         )
-    if before:
-        at_switch_on, at_end = (_validation(run[-1], train_domains) for run in (before, after))
-        if at_switch_on is not None and at_end is not None and at_end < at_switch_on - FALL:
-            hints.append(
-                f"validation accuracy fell from {at_switch_on:.1%} at step {before[-1].step}, before the penalty was "
-                f"switched on, to {at_end:.1%}: {setting} may be too large; try {weaker}"
-            )
     return hints
 
 
@@ -70,8 +65,7 @@ def _share(record: RunRecord) -> float:
     return weighted / record.losses["risk"] if record.losses["risk"] > 0 else float("inf")
 
 
-def _validation(record: RunRecord, train_domains: Sequence[str]) -> float | None:
-    """Mean accuracy over the out-splits of the training domains; None without out-splits."""
-    if not all("out" in record.domains[domain] for domain in train_domains):
-        return None
-    return fmean(record.domains[domain]["out"].accuracy for domain in train_domains)
+def _validation(record: RunRecord, train_domains: Sequence[str]) -> float:
+    """Mean accuracy over the out-splits of the training domains; 0 without out-splits."""
+    splits = [record.domains[domain] for domain in train_domains]
+    return fmean(each["out"].accuracy if "out" in each else 0.0 for each in splits)

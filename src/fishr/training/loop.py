@@ -42,7 +42,7 @@ from fishr.training.signals import stop_on_signal
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
 
-WARM_UP_STEPS, TIMED_STEPS, TIMED_SAMPLES = 2, 7, 256
+WARM_UP_STEPS, TIMED_STEPS, TIMED_EVALUATIONS, TIMED_SAMPLES = 2, 7, 3, 256
 """What is measured to tell how long a run takes."""
 
 _INIT, _STEP = 0x1217, 0x57E9
@@ -164,16 +164,16 @@ class RunCost:
     Attributes:
         start: Seconds until the first step, with decoded images.
         step: Seconds of a training step after the switch-on.
-        evaluation: Seconds of the evaluation at a checkpoint.
+        checkpoint: Seconds of evaluating and saving a checkpoint.
     """
 
     start: float
     step: float
-    evaluation: float
+    checkpoint: float
 
     def seconds(self, steps: int, checkpoint_every: int) -> float:
         """Seconds of a whole run."""
-        return self.start + steps * self.step + math.ceil(steps / checkpoint_every) * self.evaluation
+        return self.start + steps * self.step + math.ceil(steps / checkpoint_every) * self.checkpoint
 
 
 def measure_cost(
@@ -196,11 +196,13 @@ def measure_cost(
     """
     dataset.open()
     with TemporaryDirectory() as scratch, torch.random.fork_rng(range(torch.cuda.device_count())):
-        began = time.perf_counter()
         folder = RunFolder(Path(scratch) / "run", config)
-        run = _Run(config, dataset, folder, _fabric(device, config), Silent(), weights)
-        start = time.perf_counter() - began
-        return RunCost(start, run.seconds_per_step(), run.seconds_per_evaluation())
+        folder.create()
+        for _ in range(2):  # what is imported, downloaded or started up once is of no run's cost
+            began = time.perf_counter()
+            run = _Run(config, dataset, folder, _fabric(device, config), Silent(), weights)
+            start = time.perf_counter() - began
+        return RunCost(start, run.seconds_per_step(), run.seconds_per_checkpoint())
 
 
 class _Run:
@@ -292,16 +294,24 @@ class _Run:
             _seed_torch(self.config.seed, _STEP, step)
             batch = self.sampler.batch(step).to(self.fabric.device)
             self.algorithm.training_step(batch, step, self.optimizers).total.item()
+            if self.average is not None:
+                self.average.update(self.network.state_dict(), step + 1)
             durations.append(time.perf_counter() - began)
         return median(durations[-TIMED_STEPS:])
 
-    def seconds_per_evaluation(self) -> float:
-        """Duration of the evaluation at a checkpoint, from that of a few samples."""
+    def seconds_per_checkpoint(self) -> float:
+        """Duration of evaluating and saving a checkpoint, the former from that of a few samples."""
         evaluated = [self.splits[name][split] for name in self.splits for split in self._splits_needed(name)]
         some = evaluated[0].subset(torch.arange(min(len(evaluated[0].targets), TIMED_SAMPLES)))
+        durations = []
+        for _ in range(TIMED_EVALUATIONS):
+            began = time.perf_counter()
+            evaluate(self.algorithm, some, self.fabric.device)
+            durations.append(time.perf_counter() - began)
         began = time.perf_counter()
-        evaluate(self.algorithm, some, self.fabric.device)
-        return (time.perf_counter() - began) / len(some.targets) * sum(len(samples.targets) for samples in evaluated)
+        self._save()
+        saving = time.perf_counter() - began
+        return saving + median(durations) / len(some.targets) * sum(len(samples.targets) for samples in evaluated)
 
     def _record(self, seconds_per_step: float) -> None:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
@@ -352,7 +362,8 @@ class _Run:
         return self._validation(record, "accuracy") > max(rivals, default=-1.0)
 
     def _is_eligible(self, record: RunRecord) -> bool:
-        return record.step > self.algorithm.switch_on_step
+        settled = self.algorithm.switch_on_step + self.algorithm.ramp
+        return record.step > min(settled, self.config.steps - 1) and record.step > self.algorithm.switch_on_step
 
     def _keep_model(self) -> None:
         """Write the model that is kept, and its record as the run's outcome."""

@@ -6,7 +6,10 @@ choice that its accuracy depends on.
 """
 
 import json
+import logging
+import math
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,11 +23,12 @@ from typing import Any, Literal, Protocol, get_args
 from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.penalized import RECOMMENDED_STRENGTH
 from fishr.data.base import MultiDomainDataset
-from fishr.errors import ConfigError, RunError
+from fishr.errors import ConfigError, NonFiniteLossError, RunError
 from fishr.files import new_folder, write_text
 from fishr.models.build import ModelConfig
 from fishr.models.saved import SavedModel, load_model, save_model
 from fishr.records import RunRecord
+from fishr.registry import unknown
 from fishr.reports.comparison import (
     BASELINE,
     Accuracies,
@@ -35,21 +39,31 @@ from fishr.reports.comparison import (
     expectation,
     verdict,
 )
+from fishr.reports.tables import one_line
 from fishr.space import Distribution, LogUniform, draw
 from fishr.training import AverageConfig, Observer, RunConfig, RunCost, RunResult, measure_cost, train
 from fishr.training.config import Precision, settings_that_differ
 from fishr.workflows.plan import Extent, fit
 
+logger = logging.getLogger(__name__)
+
 SelectBy = Literal["training", "leave-one-out"]
 
 FIXED = ("batch_size", "penalty_weight", "switch_on")
-"""Hyperparameters that draws leave as they are: the first decides how long a run takes, λ is not portable."""
+"""Hyperparameters that draws leave as they are: how long a run takes depends on the first, λ is not portable, and when
+it is switched on is a share of the run."""
 
 STRENGTHS = LogUniform(RECOMMENDED_STRENGTH / 4, RECOMMENDED_STRENGTH * 4)
 """Where the strength of penalties is drawn from, when domains that were left out choose it."""
 
 CHECKPOINTS = 5
+PLAN, RUNS = "plan.json", "runs"
 FORMAT = 1
+
+CAPTION = (
+    "Accuracy in % on the in-split of the held-out domain, mean ± standard error over seeds. Difference: paired over "
+    "domains and seeds, with its interval over domains; all intervals together hold with probability 95%."
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Setting:
             (``"training"``), or on training domains that are left out in turn (``"leave-one-out"``): then the strength
             of penalties is drawn too, which the former would always choose too low.
         model: The network; None for the customary one.
-        batch_size: Samples of each domain in a batch; None for the algorithm's default.
+        hparams: Hyperparameters that are the same in all runs, of those algorithms that have them.
         precision: As in :class:`fishr.training.RunConfig`, like the three that follow.
         average: How weights are averaged.
         select: Whether the best checkpoint is kept.
@@ -79,7 +93,7 @@ class Setting:
     budget: float | None = None
     select_by: SelectBy = "training"
     model: ModelConfig | None = None
-    batch_size: int | None = None
+    hparams: Mapping[str, Any] = field(default_factory=dict)
     precision: Precision = "32"
     average: AverageConfig | None = None
     select: bool = False
@@ -120,14 +134,14 @@ class Choice:
     Attributes:
         draw: The draw.
         hparams: The hyperparameters.
-        scores: What each draw was chosen by.
-        held_out: Accuracy of the held-out domain with each draw, which nothing was chosen by.
+        scores: What each draw was chosen by; None for one that diverged.
+        held_out: Accuracy of the held-out domain with each draw, which nothing was chosen by; None likewise.
     """
 
     draw: int
     hparams: Mapping[str, Any]
-    scores: Sequence[float]
-    held_out: Sequence[float]
+    scores: Sequence[float | None]
+    held_out: Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ class Outcome:
     Attributes:
         accuracies: Of each algorithm, held-out domain and seed.
         choices: Of each algorithm and held-out domain.
-        hints: What runs said about the penalty's weight, with the number of runs that said so, by algorithm.
+        hints: What the runs of an algorithm said about its penalty's weight.
         verdict: Which algorithm to use.
         expectation: What to expect of it on an unseen domain.
         model: Folder of the model trained on all domains.
@@ -156,6 +170,9 @@ class Watcher(Protocol):
 
     def on_images(self, done: int, total: int) -> None:
         """So many of the images are decoded."""
+
+    def on_measure(self, algorithm: str) -> None:
+        """It is about to be measured how long a run takes."""
 
     def on_plan(self, plan: Plan, asked: Extent) -> None:
         """It is known what will be done."""
@@ -206,8 +223,7 @@ class _Comparison:
     watcher: Watcher
     weights: Path | None
     device: str
-    hints: dict[str, list[str]] = field(default_factory=dict)
-    results: dict[str, RunResult] = field(default_factory=dict)
+    results: dict[str, tuple[RunConfig, RunResult]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.domains = self.dataset.trainable_domains
@@ -219,6 +235,10 @@ class _Comparison:
                 f"{', '.join(self.setting.algorithms)} can be compared on {least + left_out} domains or more{leaving}, "
                 f"dataset {self.dataset.name!r} has {len(self.domains)}: {', '.join(self.domains)}"
             )
+        known = {name for algorithm in self.setting.algorithms for name in self.hparams(algorithm, 0)}
+        for name in self.setting.hparams:
+            if name not in known:
+                raise unknown(f"hyperparameter of {', '.join(self.setting.algorithms)}", name, known)
 
     def outcome(self) -> Outcome:
         self.watcher.on_plan(self.plan, self.setting.asked)
@@ -235,7 +255,7 @@ class _Comparison:
                 ]
         said = verdict(accuracies, titles(accuracies))
         expected = expectation(accuracies[said.chosen])
-        outcome = Outcome(accuracies, choices, self.hints, said, expected, self.folder / "model")
+        outcome = Outcome(accuracies, choices, self.hints(), said, expected, self.folder / "model")
         self.keep(outcome)
         return outcome
 
@@ -244,23 +264,18 @@ class _Comparison:
     @cached_property
     def plan(self) -> Plan:
         """What was planned when the comparison began, or a new plan."""
+        began = time.monotonic()
         identity = self._identity()
-        file = self.folder / "plan.json"
-        if file.exists():
-            earlier = _read_plan(file)
-            changed = settings_that_differ(earlier["compared"], identity["compared"])
-            if changed:
-                raise RunError(
-                    f"{self.folder} holds another comparison ({'; '.join(changed)}): choose another --output, or "
-                    "delete the folder"
-                )
-            if earlier["asked"] == identity["asked"]:
-                extent = Extent(**earlier["extent"])
-                return self._planned(extent, {name: RunCost(**cost) for name, cost in earlier["costs"].items()})
+        earlier = self._earlier_plan(identity)
+        costs = {} if earlier is None else earlier.costs
+        if earlier is not None and earlier.identity == identity:
+            return self._planned(earlier.extent, costs)
         self.dataset.open(self.watcher.on_images)
-        costs = {name: self.cost(name) for name in self.setting.algorithms}
-        extent = fit(self.setting.asked, self.setting.budget, lambda extent: self._planned(extent, costs).seconds)
-        plan = self._planned(extent, costs)
+        costs = {name: costs.get(name) or self.cost(name) for name in self.setting.algorithms}
+        spent = time.monotonic() - began
+        extent = fit(
+            self.setting.asked, self.setting.budget, lambda extent: spent + self._planned(extent, costs).seconds
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "format": FORMAT,
@@ -268,24 +283,48 @@ class _Comparison:
             "extent": asdict(extent),
             "costs": {name: asdict(cost) for name, cost in costs.items()},
         }
-        write_text(file, json.dumps(content, indent=2) + "\n")
-        return plan
+        write_text(self.folder / PLAN, json.dumps(content, indent=2) + "\n")
+        return self._planned(extent, costs)
+
+    def _earlier_plan(self, identity: Mapping[str, Any]) -> "_EarlierPlan | None":
+        """The plan in the folder.
+
+        Raises:
+            RunError: it is of another comparison, or the folder is something else.
+        """
+        file = self.folder / PLAN
+        if file.exists():
+            earlier = _read_plan(file)
+            changed = settings_that_differ(earlier.identity["compared"], identity["compared"])
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds another comparison ({'; '.join(changed)}): choose another --output, or "
+                    "delete the folder"
+                )
+            return earlier
+        if self.folder.exists() and (
+            not self.folder.is_dir() or any(not _is_of_comparison(item) for item in self.folder.iterdir())
+        ):
+            raise RunError(f"{self.folder} exists and is not a comparison (it has no {PLAN}): choose another --output")
+        return None
 
     def cost(self, algorithm: str) -> RunCost:
+        self.watcher.on_measure(algorithm)
         config = self.config(algorithm, 0, 0, self.domains[:1], self.setting.asked)
         return measure_cost(config, self.dataset, weights=self.weights, device=self.device)
 
     def _identity(self) -> dict[str, Any]:
         """What makes this comparison another one than others, as JSON has it."""
-        extent = {"algorithms": self.setting.algorithms, **asdict(self.setting.asked), "budget": self.setting.budget}
+        setting = self.setting
+        asked = {"algorithms": sorted(setting.algorithms), **asdict(setting.asked), "budget": setting.budget}
         compared = {
-            **self.config(BASELINE, 0, 0, (), self.setting.asked).identity(),
-            "select_by": self.setting.select_by,
+            **self.config(BASELINE, 0, 0, (), setting.asked).identity(),
+            "select_by": setting.select_by,
         }
         for name in ("steps", "checkpoint_every", "hparams", "algorithm", "seed", "trial", "test_domains"):
             del compared[name]
-        compared["batch_size"] = self.setting.batch_size
-        content: dict[str, Any] = json.loads(json.dumps({"compared": compared, "asked": extent}))
+        compared["given"] = setting.hparams
+        content: dict[str, Any] = json.loads(json.dumps({"compared": compared, "asked": asked}))
         return content
 
     def _planned(self, extent: Extent, costs: Mapping[str, RunCost]) -> Plan:
@@ -327,52 +366,62 @@ class _Comparison:
         """Of draw 0 the recommended ones, of others random ones, which are the same where algorithms share them."""
         config, kind = ALGORITHMS[algorithm].Config, self.dataset.kind
         recommended = config.recommended(kind).as_dict()
-        if self.setting.batch_size is not None:
-            recommended["batch_size"] = self.setting.batch_size
-        if number == 0:
-            return recommended
+        given = {name: value for name, value in self.setting.hparams.items() if name in recommended}
+        if "penalty_weight" in given and "strength" in recommended:
+            given.setdefault("strength", None)
         space: dict[str, Distribution] = {
             name: distribution for name, distribution in config.space(kind).items() if name not in FIXED
         }
         if self.setting.select_by == "leave-one-out" and "strength" in recommended:
             space["strength"] = STRENGTHS
-        return recommended | draw(space, number)
+        return recommended | (draw(space, number) if number > 0 else {}) | given
 
     def run(self, algorithm: str, draw: int, seed: int, held_out: Sequence[str]) -> RunResult:
         config = self.config(algorithm, draw, seed, held_out, self.plan.extent)
         if config.hash in self.results:
-            return self.results[config.hash]
+            return self.results[config.hash][1]
         name = f"{title(algorithm)}, held out {' and '.join(held_out) or 'none'}, draw {draw}, seed {seed}"
         with self.watcher.run(name) as observer:
             result = train(
                 config,
                 self.dataset,
-                self.folder / "runs" / config.hash,
+                self.folder / RUNS / config.hash,
                 weights=self.weights,
                 device=self.device,
                 observer=observer,
             )
-        self.results[config.hash] = result
+        self.results[config.hash] = config, result
         self.watcher.on_result(name, config, result)
         return result
 
     def held_out(self, algorithm: str, draw: int, seed: int, domain: str) -> float:
         """Accuracy on the held-out domain."""
-        result = self.run(algorithm, draw, seed, (domain,))
-        self.hints.setdefault(algorithm, []).extend(result.hints)
-        return result.kept.domains[domain]["in"].accuracy
+        return self.run(algorithm, draw, seed, (domain,)).kept.domains[domain]["in"].accuracy
 
     def choose(self, algorithm: str, domain: str) -> Choice:
-        """The draw with the best score, the first of equals."""
-        draws = range(self.plan.extent.draws)
-        kept = [self.run(algorithm, number, 0, (domain,)).kept for number in draws]
-        if self._leaves_out(self.plan.extent):
-            scores = [self._left_out_score(algorithm, number, domain) for number in draws]
-        else:
-            scores = [self._validation(record, domain) for record in kept]
-        best = max(draws, key=lambda number: scores[number])
-        held_out = [record.domains[domain]["in"].accuracy for record in kept]
+        """The draw with the best score, the first of equals; one that diverges is out."""
+        scores: list[float | None] = []
+        held_out: list[float | None] = []
+        for number in range(self.plan.extent.draws):
+            try:
+                kept = self.run(algorithm, number, 0, (domain,)).kept
+                score = self._score(algorithm, number, domain, kept)
+            except NonFiniteLossError as error:
+                if number == 0:  # its settings are not random: something else is wrong
+                    raise
+                logger.warning("draw %d of %s is out, held out %s: %s", number, title(algorithm), domain, error)
+                scores.append(None)
+                held_out.append(None)
+            else:
+                scores.append(score)
+                held_out.append(kept.domains[domain]["in"].accuracy)
+        best = _first_of_best(scores)
         return Choice(best, self.hparams(algorithm, best), scores, held_out)
+
+    def _score(self, algorithm: str, number: int, domain: str, kept: RunRecord) -> float:
+        if self._leaves_out(self.plan.extent):
+            return self._left_out_score(algorithm, number, domain)
+        return self._validation(kept, domain)
 
     def _validation(self, record: RunRecord, held_out: str) -> float:
         """Mean accuracy on the out-splits of the training domains."""
@@ -387,14 +436,20 @@ class _Comparison:
                 scores.append(self.run(algorithm, number, 0, pair).kept.domains[other]["in"].accuracy)
         return fmean(scores)
 
+    def hints(self) -> dict[str, list[str]]:
+        hints: dict[str, list[str]] = {name: [] for name in self.setting.algorithms}
+        for config, result in self.results.values():
+            hints[config.algorithm] += result.hints
+        return hints
+
     # What is kept
 
     def keep(self, outcome: Outcome) -> None:
         """Train the chosen algorithm on all domains and write its model and the results."""
         chosen = outcome.verdict.chosen
         scores = [choice.scores for choice in outcome.choices[chosen].values()]
-        means = [fmean(of_draw) for of_draw in zip(*scores, strict=True)]
-        final = self.run(chosen, means.index(max(means)), 0, ())
+        means = [None if None in of_draw else fmean(of_draw) for of_draw in zip(*scores, strict=True)]
+        final = self.run(chosen, _first_of_best(means), 0, ())
         saved = load_model(final.folder / "model")
         provenance = {**saved.card.provenance, "unseen_domain": asdict(outcome.expectation)}
         with new_folder(outcome.model) as aside:
@@ -422,24 +477,21 @@ class _Comparison:
 
     def as_markdown(self, outcome: Outcome) -> str:
         extent = self.plan.extent
-        chosen_by = {
-            "training": "accuracy on the out-splits of the training domains",
-            "leave-one-out": "accuracy on training domains left out in turn",
-        }[self.setting.select_by]
-        return (
-            "\n\n".join(
-                [
-                    f"# Comparison on {_line(self.dataset.name)}",
-                    outcome.verdict.sentence,
-                    expectation_sentence(outcome),
-                    comparison_table(outcome.accuracies, titles(outcome.accuracies)),
-                    "Accuracy in % on the in-split of the held-out domain, mean ± standard error over "
-                    f"{extent.seeds} seeds. Difference: paired over domains and seeds, with its 95% interval over "
-                    f"domains. {extent.steps:,} steps; hyperparameters: {extent.draws} draws, chosen by {chosen_by}.",
-                ]
-            )
-            + "\n"
-        )
+        reduced = "" if extent == self.setting.asked else f" instead of {self.setting.asked}, for the budget"
+        if extent.draws == 1:
+            hyperparameters = "Hyperparameters are the recommended ones."
+        elif self.setting.select_by == "training":
+            hyperparameters = "Hyperparameters were chosen by accuracy on the out-splits of the training domains."
+        else:
+            hyperparameters = "Hyperparameters were chosen by accuracy on training domains left out in turn."
+        paragraphs = [
+            f"# Comparison on {one_line(self.dataset.name)}",
+            outcome.verdict.sentence,
+            expectation_sentence(outcome),
+            comparison_table(outcome.accuracies, titles(outcome.accuracies)),
+            f"{CAPTION} Every run: {extent}{reduced}. {hyperparameters}",
+        ]
+        return "\n\n".join(paragraphs) + "\n"
 
 
 def title(algorithm: str) -> str:
@@ -455,26 +507,45 @@ def expectation_sentence(outcome: Outcome) -> str:
     """What to expect on an unseen domain, in words."""
     expected, chosen = outcome.expectation, outcome.verdict.chosen
     num_domains = len(outcome.accuracies[chosen])
+    chosen_by = "" if chosen == BASELINE else " It was chosen by these accuracies, so expect a little less."
     return (
         f"On a domain like these that it has not seen, expect of {title(chosen)} an accuracy of about "
-        f"{expected.mean:.0%}: {expected.worst:.0%} was the lowest of {num_domains} ({_line(expected.worst_domain)}), "
-        f"and 95% of such domains lie between {expected.low:.0%} and {expected.high:.0%} if they vary as these do."
+        f"{expected.mean:.0%}: {expected.worst:.0%} was the lowest of {num_domains} "
+        f"({one_line(expected.worst_domain)}). If domains vary as these do, one more lies between {expected.low:.0%} "
+        f"and {expected.high:.0%} with a probability of 95%.{chosen_by}"
     )
+
+
+def _first_of_best(scores: Sequence[float | None]) -> int:
+    values = [-math.inf if score is None else score for score in scores]
+    return values.index(max(values))
 
 
 def _checkpoint_every(extent: Extent) -> int:
     return max(1, extent.steps // CHECKPOINTS)
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
+@dataclass(frozen=True)
+class _EarlierPlan:
+    identity: Mapping[str, Any]
+    extent: Extent
+    costs: Mapping[str, RunCost]
 
 
-def _read_plan(file: Path) -> dict[str, Any]:
+def _read_plan(file: Path) -> _EarlierPlan:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] == FORMAT:
-            return content
-    except (ValueError, KeyError, TypeError):
+            return _EarlierPlan(
+                {name: dict(content[name]) for name in ("compared", "asked")},
+                Extent(**content["extent"]),
+                {name: RunCost(**cost) for name, cost in content["costs"].items()},
+            )
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise RunError(f"{file} cannot be read: choose another --output, or delete the file to plan anew")
+
+
+def _is_of_comparison(path: Path) -> bool:
+    """What stays when somebody deletes the plan, or a process was killed while it wrote the plan."""
+    return path.name in (RUNS, "results.json", "results.md", "model") or path.name.startswith(f".{PLAN}.")
