@@ -186,7 +186,7 @@ def test_interrupt_leaves_at_once_and_keeps_the_part(server: Loopback, root: Pat
         assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
-    _, shown = child.communicate(timeout=120)
+    _, shown = child.communicate(timeout=20)
     stall.set()
     assert child.returncode == 130
     assert shown == "fishr: interrupted\n"

@@ -159,9 +159,21 @@ def test_never_a_checkpoint_before_the_switch_on(
 ) -> None:
     falling = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
     scripted({"a": falling, "b": falling})
-    result = train_numbered(tmp_path / "run", "fishr", select=True, hparams={"switch_on": switch_on})
+    hparams = {"penalty_weight": 1.0, "switch_on": switch_on}
+    result = train_numbered(tmp_path / "run", "fishr", select=True, hparams=hparams)
     assert result.kept.step == step
     assert load_model(tmp_path / "run").card.provenance["step"] == step
+
+
+@pytest.mark.parametrize(("switch_on", "step"), [(7, 10), (8, 15), (9, 15), (28, 30), (29, 30)])
+def test_nor_one_before_the_end_of_the_ramp(
+    switch_on: int, step: int, scripted: Callable[..., Script], tmp_path: Path
+) -> None:
+    """Which takes a twentieth of 30 steps, rounded up."""
+    falling = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    scripted({"a": falling, "b": falling})
+    hparams = {"strength": 1.0, "switch_on": switch_on}
+    assert train_numbered(tmp_path / "run", "fishr", select=True, hparams=hparams).kept.step == step
 
 
 @pytest.mark.parametrize("name", ["erm", "fishr"])
