@@ -238,10 +238,11 @@ def test_the_number_of_threads_does_not_matter(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    expected = undisturbed_pictures("plain")
     with ThreadPoolExecutor(threads) as pool:
         monkeypatch.setattr("fishr.data.images._threads", lambda: pool)
         train(picture_config(pictures), pictures, tmp_path / "run", device="cpu")
-    assert outcome(tmp_path / "run") == undisturbed_pictures("plain")
+    assert outcome(tmp_path / "run") == expected
 
 
 # That these tests could see a difference
