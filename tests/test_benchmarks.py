@@ -203,3 +203,18 @@ def test_a_relative_penalty_has_no_scale(script):
         penalties.append(algorithm.risk_and_penalty(data.inputs, data)[1].item())
     assert penalties[0] > 0
     assert penalties[1] == pytest.approx(penalties[0])
+
+
+def test_algorithms_are_tuned_compared_and_timed(script, tmp_path):
+    options = ["--algorithms", "fishr", "dann", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), "--quick"]
+    script("algorithms").main(options)
+    results = json.loads((tmp_path / "algorithms.json").read_text(encoding="utf-8"))["results"]
+    assert list(results["accuracy"]) == ["erm", "fishr", "dann"]
+    for of_domains in results["accuracy"].values():
+        assert list(of_domains) == ["+80%", "+90%", "-90%"]
+        for outcome in of_domains.values():
+            assert outcome["chosen"] == outcome["validation"].index(max(outcome["validation"]))
+            assert len(outcome["held_out"]) == 2
+    assert results["accuracy"]["fishr"]["+80%"]["hparams"]["strength"] == 0.5
+    assert results["step_costs"]["erm"] == {"MLP": 1.0}
+    assert all(cost["MLP"] > 0 for cost in results["step_costs"].values())

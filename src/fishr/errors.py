@@ -24,6 +24,10 @@ class UnreadableImageError(DataError):
     """An image file that cannot be decoded; the message is the reason alone, such as "truncated JPEG"."""
 
 
+class ContractError(FishrError, AssertionError):
+    """An algorithm or a dataset that does not do what is expected of all."""
+
+
 class RunError(FishrError):
     """A run folder that cannot be used: another config, a damaged checkpoint, no space to write."""
 

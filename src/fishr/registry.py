@@ -1,7 +1,9 @@
 """A typed registry: names to objects, with a helpful miss."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from fishr.errors import ConfigError
@@ -18,10 +20,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 class Registry(Generic[T]):
-    """Names to objects of one kind."""
+    """Names to objects of one kind.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Args:
+        kind: What they are, for messages.
+        group: Group of entry points by which other packages add to it. With one, ``package.module:Name`` is a name too,
+            of what can be imported by it.
+        accepts: Whether an object from elsewhere is of that kind.
+    """
+
+    def __init__(self, kind: str, group: str | None = None, accepts: Callable[[object], bool] = callable) -> None:
+        self.kind, self.group, self.accepts = kind, group, accepts
         self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T) -> None:
@@ -30,11 +39,39 @@ class Registry(Generic[T]):
         self._items[name] = item
 
     def __getitem__(self, name: str) -> T:
-        """Raises ConfigError with the nearest name and the list of all."""
-        try:
+        """What has that name.
+
+        Raises:
+            ConfigError: nothing has; it names the nearest and lists all. Or what has it cannot be imported, or is of
+                another kind.
+        """
+        if name in self._items:
             return self._items[name]
-        except KeyError:
-            raise unknown(self.kind, name, self._items) from None
+        if name in (elsewhere := self._elsewhere()):
+            return self._imported(name, elsewhere[name])
+        if self.group is not None and ":" in name:
+            return self._imported(name, name)
+        raise unknown(self.kind, name, self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items or name in self._elsewhere()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+        yield from self._items
+        yield from (name for name in self._elsewhere() if name not in self._items)
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Names that other packages add, and where what they name is."""
+        return {} if self.group is None else {point.name: point.value for point in entry_points(group=self.group)}
+
+    def _imported(self, name: str, where: str) -> T:
+        module, _, attribute = where.partition(":")
+        try:
+            item: T = getattr(import_module(module), attribute)
+        except Exception as error:  # a module may raise anything
+            raise ConfigError(
+                f"{self.kind} {name!r} cannot be imported as package.module:Name: {type(error).__name__}: {error}"
+            ) from error
+        if not self.accepts(item):
+            raise ConfigError(f"{where!r} is no {self.kind}: got {item!r}")
+        return item

@@ -25,6 +25,9 @@ class Uniform:
     def sample(self, generator: np.random.Generator) -> float:
         return float(generator.uniform(self.low, self.high))
 
+    def __str__(self) -> str:
+        return f"uniform {self.low:.5g} to {self.high:.5g}"
+
 
 @dataclass(frozen=True)
 class LogUniform:
@@ -38,6 +41,9 @@ class LogUniform:
         value = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
         return int(value) if self.integer else value
 
+    def __str__(self) -> str:
+        return f"log-uniform {self.low:.5g} to {self.high:.5g}{', whole' if self.integer else ''}"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -47,6 +53,9 @@ class Choice:
 
     def sample(self, generator: np.random.Generator) -> Any:
         return self.options[int(generator.integers(len(self.options)))]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(f'{option:g}' for option in self.options)}"
 
 
 def draw(space: Mapping[str, Distribution], *seed: int) -> dict[str, Any]:

@@ -59,16 +59,20 @@ def test_it_is_a_function_of_torchs_random_numbers() -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize("name", sorted({*ALGORITHMS} - {"arm", "mtl", "rsc", "sagnet"}))
 def test_every_algorithm_drops_features_before_its_head(name: str) -> None:
-    """What reaches the head is what was dropped, so that penalties see the same features as the risk."""
+    """What reaches the head is what was dropped, so that penalties see the same features as the risk.
+
+    Not here: those whose head sees more or less than the features.
+    """
     seen: list[Tensor] = []
     dropping = algorithm(0.5, ALGORITHMS[name])
     dropping.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     batch = DomainBatch(FEATURES[:40], torch.arange(40) % 3, (20, 20))
-    assert dropping.losses(batch, 0).total.isfinite()
-    assert len(seen) == 1
-    assert (seen[0] == 0).double().mean().item() == pytest.approx(0.5, abs=0.2)
+    assert dropping.training_step(batch, 0, dropping.configure_optimizers()).total.isfinite()
+    assert seen
+    for features in seen:
+        assert (features == 0).double().mean().item() == pytest.approx(0.5, abs=0.2)
 
 
 def test_default_is_none() -> None:

@@ -173,7 +173,9 @@ def test_irm_split_can_be_negative() -> None:
 
 
 def test_domain_means() -> None:
-    assert domain_means(torch.tensor([1.0, 2, 3, 10, 7, 8]), (3, 1, 2)).tolist() == [2, 10, 7.5]
+    data = DomainBatch(torch.empty(6), torch.empty(6), (3, 1, 2))
+    assert domain_means(torch.tensor([1.0, 2, 3, 10, 7, 8]), data).tolist() == [2, 10, 7.5]
+    assert domain_means(torch.tensor([1.0, 2, 3, 10, 7, 8]).unsqueeze(1), data).tolist() == [[2], [10], [7.5]]
 
 
 # The L2 term

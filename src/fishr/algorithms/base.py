@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -15,6 +15,7 @@ from torch.optim import Adam, Optimizer
 from fishr.data.base import DomainBatch, Kind
 from fishr.errors import ConfigError
 from fishr.functional.residuals import Loss, per_sample_losses
+from fishr.models.build import ModelConfig
 from fishr.registry import unknown
 from fishr.space import Choice, Distribution, LogUniform
 
@@ -139,6 +140,25 @@ def _describe(hint: object) -> str:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Where an algorithm was published.
+
+    >>> str(Reference("Sun, Saenko", "Deep CORAL", 2016, venue="ECCV Workshops", arxiv="1607.01719"))
+    'Sun, Saenko: Deep CORAL, ECCV Workshops 2016, arXiv 1607.01719'
+    """
+
+    authors: str
+    title: str
+    year: int
+    venue: str | None = None
+    arxiv: str | None = None
+
+    def __str__(self) -> str:
+        appeared = f"{self.venue} {self.year}" if self.venue else str(self.year)
+        return f"{self.authors}: {self.title}, {appeared}" + (f", arXiv {self.arxiv}" if self.arxiv else "")
+
+
+@dataclass(frozen=True)
 class Losses:
     """The scalar to minimise and the terms it is made of, for the record."""
 
@@ -162,6 +182,9 @@ class Algorithm(nn.Module):
         steps: Length of the run, needed by schedules that are shares of it.
 
     Attributes:
+        title: Its customary name.
+        reference: Where it was published.
+        min_domains: Training domains that it needs.
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
         switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
         ramp: Steps from then on until it is so in full.
@@ -169,7 +192,7 @@ class Algorithm(nn.Module):
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     title: ClassVar[str]
-    reference: ClassVar[str]
+    reference: ClassVar[Reference]
     min_domains: ClassVar[int] = 1
     switch_on_step: int = 0
     ramp: int = 0
@@ -201,6 +224,11 @@ class Algorithm(nn.Module):
         self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
         self.setup()
 
+    @classmethod
+    def model_config(cls, model: ModelConfig) -> ModelConfig:
+        """The network that the algorithm trains where ``model`` is asked for."""
+        return model
+
     def setup(self) -> None:
         """Make modules and state of the algorithm's own; the last thing that construction does."""
 
@@ -229,6 +257,10 @@ class Algorithm(nn.Module):
         """What the featurizer returns, ``[sample, feature]``, in the precision of the run, after dropout."""
         with self.autocast():
             features: Tensor = self.featurizer(inputs)
+        return self.dropped(features)
+
+    def dropped(self, features: Tensor) -> Tensor:
+        """Features after dropout."""
         return F.dropout(features, self.config.dropout, self.training) if self.config.dropout > 0 else features
 
     def logits(self, features: Tensor) -> Tensor:
@@ -241,13 +273,34 @@ class Algorithm(nn.Module):
         """ℓ_i of every sample, ``[sample]``."""
         return per_sample_losses(self.loss, logits, targets)
 
+    def domain_risks(self, logits: Tensor, batch: DomainBatch) -> Tensor:
+        """R_e, the mean loss of each domain, ``[domain]``."""
+        return domain_means(self.sample_losses(logits, batch.targets), batch)
+
+    @property
+    def network_parameters(self) -> list[nn.Parameter]:
+        """Weights of featurizer and head that are trained."""
+        weights = [*self.featurizer.parameters(), *self.classifier.parameters()]
+        return [weight for weight in weights if weight.requires_grad]
+
     def l2_term(self) -> Tensor | float:
-        """``l2`` · Σ‖w‖² over all weights and biases."""
+        """``l2`` · Σ‖w‖² over all weights and biases of featurizer and head."""
         if self.config.l2 == 0:
             return 0.0
-        return self.config.l2 * torch.stack([weights.square().sum() for weights in self.parameters()]).sum()
+        return self.config.l2 * torch.stack([weights.square().sum() for weights in self.network_parameters]).sum()
 
 
-def domain_means(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Mean over the samples of each domain: ``[sample]`` to ``[domain]``."""
-    return torch.stack([part.mean() for part in torch.split(values, list(sizes))])
+def domain_means(values: Tensor, batch: DomainBatch) -> Tensor:
+    """Mean over the samples of each domain: ``[sample, ...]`` to ``[domain, ...]``."""
+    return torch.stack([part.mean(0) for part in batch.split(values)])
+
+
+def domain_gradients(
+    objectives: Tensor, weights: Sequence[nn.Parameter], *, create_graph: bool = False
+) -> list[Tensor]:
+    """Gradient of each domain's objective ``[domain]``: of each weight tensor ``[domain, ...its shape]``."""
+    of_domains = [
+        torch.autograd.grad(objective, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True)
+        for objective in objectives
+    ]
+    return [torch.stack(of_weight) for of_weight in zip(*of_domains, strict=True)]

@@ -1,6 +1,6 @@
 """Empirical risk minimization: the baseline that every other algorithm is compared with."""
 
-from fishr.algorithms.base import Algorithm, Losses
+from fishr.algorithms.base import Algorithm, Losses, Reference
 from fishr.data.base import DomainBatch
 
 
@@ -8,12 +8,10 @@ class ERM(Algorithm):
     """Minimise the mean loss over the samples of all domains.
 
     objective = 1/n Σ_i ℓ_i
-
-    Reference: Vapnik, Statistical Learning Theory, 1998.
     """
 
     title = "ERM"
-    reference = "Vapnik, Statistical Learning Theory, 1998"
+    reference = Reference("Vapnik", "Statistical Learning Theory", 1998, venue="Wiley")
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         risk = self.sample_losses(self(batch.inputs), batch.targets).mean()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fishr.algorithms.base import Reference
 from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.penalty import Reduction
@@ -51,14 +52,15 @@ class Fishr(PenalizedAlgorithm):
     with v_e the variance over the samples of domain e of the head's gradient, computed in closed form by
     :class:`fishr.nn.FishrPenalty`. The moving average runs from the first step, the penalty acts from the switch-on
     step.
-
-    Reference: Rame, Dancette, Cord, ICML 2022, arXiv 2109.02934.
     """
 
     title = "Fishr"
-    reference = (
-        "Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization, "
-        "ICML 2022, arXiv 2109.02934"
+    reference = Reference(
+        "Rame, Dancette, Cord",
+        "Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization",
+        2022,
+        venue="ICML",
+        arxiv="2109.02934",
     )
     min_domains = 2
     Config = FishrConfig

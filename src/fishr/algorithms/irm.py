@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fishr.algorithms.base import domain_means
+from fishr.algorithms.base import Reference
 from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.residuals import loss_residuals
@@ -49,21 +49,20 @@ class IRM(PenalizedAlgorithm):
 
     w is a scalar multiplier of the logits, so the derivative has a closed form: the mean over the domain of
     Σ_k r_ik · logit_ik, with the residuals r.
-
-    Reference: Arjovsky, Bottou, Gulrajani, Lopez-Paz, arXiv 1907.02893, 2019 (IRMv1).
     """
 
     title = "IRM"
-    reference = "Arjovsky, Bottou, Gulrajani, Lopez-Paz: Invariant Risk Minimization, arXiv 1907.02893, 2019"
+    reference = Reference(
+        "Arjovsky, Bottou, Gulrajani, Lopez-Paz", "Invariant Risk Minimization", 2019, arxiv="1907.02893"
+    )
     Config = IRMConfig
     config: IRMConfig
 
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
         logits = self.logits(features)
-        risks = domain_means(self.sample_losses(logits, batch.targets), batch.sizes)
         slopes = (loss_residuals(self.loss, logits, batch.targets) * logits).sum(1)
-        penalties = [self._penalty(part) for part in torch.split(slopes, list(batch.sizes))]
-        return risks.mean(), torch.stack(penalties).mean()
+        penalties = [self._penalty(part) for part in batch.split(slopes)]
+        return self.domain_risks(logits, batch).mean(), torch.stack(penalties).mean()
 
     def _penalty(self, slopes: Tensor) -> Tensor:
         if self.config.estimator == "full":

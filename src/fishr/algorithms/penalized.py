@@ -77,14 +77,7 @@ class PenalizedConfig(AlgorithmConfig):
         Raises:
             ConfigError: ``switch_on`` is a share and the length of the run is not given.
         """
-        if isinstance(self.switch_on, int):
-            return max(self.switch_on, self.ramp(steps))
-        if steps is None:
-            raise ConfigError(
-                f"switch_on={self.switch_on} is a share of the run: give steps=, the length of the run, "
-                "or a whole number, the step itself"
-            )
-        return max(math.floor(self.switch_on * steps + 0.5), self.ramp(steps))
+        return max(step_of("switch_on", self.switch_on, steps), self.ramp(steps))
 
     def ramp(self, steps: int | None) -> int:
         """Steps over which gradients are measured, and λ then grows; 0 where it is given."""
@@ -93,15 +86,33 @@ class PenalizedConfig(AlgorithmConfig):
         return UNKNOWN_RAMP if steps is None else math.ceil(RAMP * steps)
 
 
+def step_of(name: str, value: int | float, steps: int | None) -> int:
+    """The step that a hyperparameter means: a whole number is the step itself, a decimal a share of the run.
+
+    Raises:
+        ConfigError: it is a share and the length of the run is not given.
+    """
+    if isinstance(value, int):
+        return value
+    if steps is None:
+        raise ConfigError(
+            f"{name}={value} is a share of the run: give steps=, the length of the run, or a whole number, the step "
+            "itself"
+        )
+    return math.floor(value * steps + 0.5)
+
+
 class PenalizedAlgorithm(Algorithm):
     """risk + weight(step) · penalty; a subclass defines :meth:`risk_and_penalty`."""
 
     Config: ClassVar[type[AlgorithmConfig]] = PenalizedConfig
     config: PenalizedConfig
     balance: GradientBalance | None
+    reset_steps: set[int]
 
     def setup(self) -> None:
         self.switch_on_step, self.ramp = self.config.switch_on_step(self.steps), self.config.ramp(self.steps)
+        self.reset_steps = {self.switch_on_step}
         self.balance = None if self.config.strength is None else GradientBalance(self.config.strength)
         if self.steps is not None and self.switch_on_step >= self.steps:
             logger.warning(
@@ -117,9 +128,13 @@ class PenalizedAlgorithm(Algorithm):
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         features = self.features(batch.inputs)
-        balance = self.balance if step >= self.switch_on_step - self.ramp else None
-        if balance and not features.requires_grad:
+        if not features.requires_grad:  # of a frozen featurizer, which a strength is measured on all the same
             features = features.detach().requires_grad_()
+        return self.losses_of(features, batch, step)
+
+    def losses_of(self, features: Tensor, batch: DomainBatch, step: int) -> Losses:
+        """The losses of a batch with these features."""
+        balance = self.balance if step >= self.switch_on_step - self.ramp else None
         risk, penalty = self.risk_and_penalty(features, batch)
         if balance:
             balance.observe(features, risk, penalty)
@@ -139,10 +154,13 @@ class PenalizedAlgorithm(Algorithm):
             return before
         if self.balance is None:
             return self.config.penalty_weight
-        ramp = min(1.0, (step - self.switch_on_step + 1) / self.ramp)
-        return before + ramp * (self.balance.weight() - before)
+        return before + self.ramped(step, self.switch_on_step) * (self.balance.weight() - before)
+
+    def ramped(self, step: int, switch_on_step: int) -> float:
+        """Share of its weight that a penalty has reached on the ramp from its switch-on step."""
+        return min(1.0, (step - switch_on_step + 1) / self.ramp)
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
-        if self.config.reset_optimizer and step == self.switch_on_step:
+        if self.config.reset_optimizer and step in self.reset_steps:
             optimizers["main"].state.clear()
         return super().training_step(batch, step, optimizers)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fishr.algorithms.base import domain_means
+from fishr.algorithms.base import Reference
 from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.penalty import Reduction
@@ -37,19 +37,21 @@ class VREx(PenalizedAlgorithm):
     """Equal risks in all domains.
 
     objective = 1/|E| Σ_e R_e + λ · Var_e(R_e)
-
-    Reference: Krueger and others, ICML 2021, arXiv 2003.00688 (V-REx).
     """
 
     title = "V-REx"
-    reference = (
-        "Krueger and others: Out-of-Distribution Generalization via Risk Extrapolation, ICML 2021, arXiv 2003.00688"
+    reference = Reference(
+        "Krueger and others",
+        "Out-of-Distribution Generalization via Risk Extrapolation (REx)",
+        2021,
+        venue="ICML",
+        arxiv="2003.00688",
     )
     min_domains = 2
     Config = VRExConfig
     config: VRExConfig
 
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        risks = domain_means(self.sample_losses(self.logits(features), batch.targets), batch.sizes)
+        risks = self.domain_risks(self.logits(features), batch)
         variance = risks.var(correction=0)
         return risks.mean(), variance if self.config.reduction == "mean" else variance * len(risks) ** 2

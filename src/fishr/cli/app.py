@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
+from fishr.cli.algorithms import algorithms_app
 from fishr.cli.compare import compare
 from fishr.cli.console import print_error, print_notice
 from fishr.cli.data import data_app
@@ -46,6 +47,7 @@ app.command()(compare)
 app.command()(evaluate)
 app.command()(export)
 app.command()(predict)
+app.add_typer(algorithms_app, name="algorithms")
 app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")
 

@@ -33,7 +33,9 @@ def compare(
     data: str = typer.Argument(
         ..., metavar="DATA", help="A folder DOMAIN/CLASS/image, a manifest (CSV or Parquet), or a dataset's name."
     ),
-    algorithms: list[str] = typer.Option(["fishr"], "--algorithms", help="What to compare with ERM."),
+    algorithms: list[str] = typer.Option(
+        ["fishr"], "--algorithms", help="What to compare with ERM: names of fishr algorithms list."
+    ),
     draws: int = typer.Option(3, "--draws", help="Hyperparameter settings of each algorithm that are tried."),
     seeds: int = typer.Option(3, "--seeds", help="Seeds of the setting chosen."),
     steps: int = typer.Option(1000, "--steps", help="Updates of each run."),

@@ -62,15 +62,15 @@ def print_line(text: str) -> None:
     stdout.print(text, markup=False, soft_wrap=True)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout."""
-    stdout.print(_table(header, rows))
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """A table on stdout, its first ``left`` columns text and the others numbers."""
+    stdout.print(_table(header, rows, left))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
     table = Table()
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if index == 0 else "right")
+        table.add_column(Text(name), justify="left" if index < left else "right")
     for row in rows:
         table.add_row(*map(Text, row))  # what users call their folders is no markup
     return table

@@ -57,8 +57,14 @@ def predict(
             raise ConfigError("--json is for rows on stdout; for JSON lines in a file, let its name end in .jsonl")
         PredictionFile.check_path(output)
     images = find_images(paths)
+    loaded = load_model(model)
+    if loaded.card.depends_on_batch:
+        print_notice(
+            "warning: the model adapts to the domain of a batch: predict images of one domain at a time, and expect "
+            f"other answers with another --batch-size than {batch_size}"
+        )
     predictions = predict_images(
-        load_model(model), images, top_k=top_k, abstain_below=abstain_below, batch_size=batch_size, device=device
+        loaded, images, top_k=top_k, abstain_below=abstain_below, batch_size=batch_size, device=device
     )
     columns = Columns(top_k, abstain=abstain_below is not None)
     rows: AbstractContextManager[PredictionLines | PredictionFile]

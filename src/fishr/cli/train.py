@@ -21,9 +21,13 @@ from fishr.errors import ConfigError
 
 def train(
     data: str = typer.Option(
-        ..., "--data", help="A folder DOMAIN/CLASS/image, a manifest (CSV or Parquet), or a dataset's name."
+        ...,
+        "--data",
+        help="A folder DOMAIN/CLASS/image, a manifest (CSV or Parquet), a dataset's name, or package.module:factory.",
     ),
-    algorithm: str = typer.Option("fishr", "--algorithm", help="erm, irm, vrex or fishr."),
+    algorithm: str = typer.Option(
+        "fishr", "--algorithm", help="Its name, see fishr algorithms list; or package.module:Class."
+    ),
     test_domain: list[str] | None = typer.Option(
         None, "--test-domain", help="Domains held out; default: the dataset's customary one, if it has one."
     ),

@@ -20,18 +20,20 @@ from fishr.data.listing import existing_path
 from fishr.data.rotated import rotated_mnist
 from fishr.data.sampling import BatchSampler, split_dataset, split_indices
 from fishr.errors import ConfigError
-from fishr.registry import Registry, unknown
+from fishr.registry import Registry
 
 DatasetFactory = Callable[..., MultiDomainDataset]
 """``(root: Path | None, seed: int, subset: int | None, ...options of its own, by keyword)`` to a dataset."""
 
-DATASETS: Registry[DatasetFactory] = Registry("dataset")
+DATASETS: Registry[DatasetFactory] = Registry("dataset", "fishr.datasets")
 DATASETS.register("colored-digits", colored_digits)
 DATASETS.register("colored-mnist", colored_mnist)
 DATASETS.register("colored-mnist-irm", colored_mnist_irm)
 DATASETS.register("rotated-mnist", rotated_mnist)
 for _name, _factory in BENCHMARK_DATASETS.items():
     DATASETS.register(_name, _factory)
+
+_PUBLISHED = frozenset(DATASETS)
 
 _IMAGE_OPTIONS = [
     option.name
@@ -51,7 +53,8 @@ def load_dataset(
     """A dataset by its name in :data:`DATASETS`, or a user's own images by the path of their folder or manifest.
 
     Args:
-        name: Name of the dataset, or a path, which may begin with ``~``.
+        name: Name of the dataset; or a path, which may begin with ``~``; or ``package.module:factory``, where a
+            :data:`DatasetFactory` is.
         root: Data root of datasets with a name; default ``$FISHR_DATA``, else ``fishr`` in the user's cache folder.
         seed: Seed of everything random in the dataset.
         subset: Keep as many samples of each domain as this; None keeps all.
@@ -75,7 +78,7 @@ def load_dataset(
         )
     dataset = factory(seed=seed, subset=subset, **options)
     given = {"seed": seed, "subset": subset, **options}
-    return replace(dataset, options=dataset.options or given, published=name in DATASETS)
+    return replace(dataset, options=dataset.options or given, published=name in _PUBLISHED)
 
 
 def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDataset]:
@@ -83,8 +86,10 @@ def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDatase
         return partial(DATASETS[name], root)
     if path := existing_path(name):
         return partial(image_dataset, path)
-    error = unknown("dataset", name, DATASETS)
-    raise ConfigError(f"{error}, and there is no folder or manifest {name}")
+    try:
+        return partial(DATASETS[name], root)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, and there is no folder or manifest {name}") from error.__cause__
 
 
 __all__ = [

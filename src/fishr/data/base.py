@@ -64,6 +64,10 @@ class DomainBatch:
         """The domain of each sample, int64 ``[sample]``."""
         return torch.repeat_interleave(torch.tensor(self.sizes)).to(self.inputs.device)
 
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values of samples, ``[sample, ...]``, domain by domain."""
+        return torch.split(values, list(self.sizes))
+
     def to(self, device: torch.device) -> "DomainBatch":
         """The batch on a device, its inputs as a network takes them."""
         return DomainBatch(network_input(self.inputs, device), self.targets.to(device), self.sizes)

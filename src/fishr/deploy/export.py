@@ -85,6 +85,12 @@ def export_onnx(model: SavedModel, file: Path, images: Tensor) -> ExportReport:
     """
     _check_installed()
     card = model.card
+    if card.depends_on_batch:
+        raise ConfigError(
+            "the model cannot be exported: it adapts to the domain of a batch, so its prediction for a sample depends "
+            "on the others there, and an exported model would answer differently with every batch size; use 'fishr "
+            "predict', or train a model that predicts each sample by itself"
+        )
     if file.is_dir():
         raise ConfigError(f"{file} is a folder: name the file to write, such as {file / 'model.onnx'}")
     if len(images) == 0 or tuple(images.shape[1:]) != card.input_shape:

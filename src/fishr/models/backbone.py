@@ -216,7 +216,8 @@ def load_initial_weights(featurizer: nn.Module, weights: str, file: Path | None)
     under ``"state_dict"`` or ``"model"``, with names that begin with ``module.`` or ``model.``.
 
     Args:
-        featurizer: A :class:`Backbone`.
+        featurizer: A :class:`Backbone`, or what has one inside
+            (:class:`fishr.models.batch_context.BatchDependent`).
         weights: ``"hub:<id>"`` or ``"sha256:<digest>"``.
         file: Where the weights with that digest are.
 
@@ -226,6 +227,7 @@ def load_initial_weights(featurizer: nn.Module, weights: str, file: Path | None)
         DataError: weights that are neither in Hugging Face's cache nor can be downloaded, or a file that cannot be
             read.
     """
+    featurizer = getattr(featurizer, "inner", featurizer)
     if not isinstance(featurizer, Backbone):
         raise ConfigError(f"initial weights are for backbones of timm, got a {type(featurizer).__name__}")
     source, _, identity = weights.partition(":")

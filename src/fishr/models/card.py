@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fishr.data.image_format import ImageFormat
-from fishr.models.build import ModelConfig
+from fishr.models.batch_context import BatchDependent
+from fishr.models.build import FEATURIZERS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class ModelCard:
         """Logits of the head."""
         return 1 if self.binary else len(self.classes)
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether what is predicted for a sample depends on the others in its batch."""
+        featurizer = FEATURIZERS[self.model.featurizer]
+        return isinstance(featurizer, type) and issubclass(featurizer, BatchDependent)
+
 
 def card_as_markdown(card: ModelCard) -> str:
     """The card for a reader: what the model tells apart, what it was trained on, how well it did, what made it."""
@@ -52,6 +59,11 @@ def card_as_markdown(card: ModelCard) -> str:
 
     row("network", _network(card))
     row("input", _input(card))
+    if card.depends_on_batch:
+        row(
+            "prediction",
+            "depends on the batch, which is to come from one domain; a sample alone is a domain of its own",
+        )
     if config:
         row("data", f"{config['data']} ({_settings(config['data_options'])})")
         row("trained on the domains", ", ".join(card.provenance["train_domains"]))
@@ -104,8 +116,13 @@ def _line(value: object) -> str:
 
 
 def _network(card: ModelCard) -> str:
-    name = card.model.options["name"] if card.model.featurizer == "timm" else card.model.featurizer
-    return f"{name}, {card.model.weights or 'not pre-trained'}"
+    featurizer, options = card.model.featurizer, card.model.options
+    names = []
+    while inside := options.get("featurizer"):
+        names.append(featurizer)
+        featurizer, options = inside, options["options"]
+    names.append(options["name"] if featurizer == "timm" else featurizer)
+    return f"{' around '.join(names)}, {card.model.weights or 'not pre-trained'}"
 
 
 def _input(card: ModelCard) -> str:

@@ -226,10 +226,12 @@ class _Run:
         )
 
         _seed_torch(config.seed, _INIT)
-        featurizer, classifier = build_model(config.model, dataset.input_shape, dataset.num_outputs)
+        algorithm_class = ALGORITHMS[config.algorithm]
+        self.model = algorithm_class.model_config(config.model)
+        featurizer, classifier = build_model(self.model, dataset.input_shape, dataset.num_outputs)
         if config.model.weights is not None and newest_checkpoint(folder.checkpoints) is None:
             load_initial_weights(featurizer, config.model.weights, weights)
-        self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
+        self.algorithm: Algorithm = algorithm_class(
             featurizer, classifier, len(self.train_domains), config.hparams, steps=config.steps
         ).to(fabric.device)
         self.algorithm.autocast = fabric.autocast
@@ -414,7 +416,7 @@ class _Run:
             "versions": {name: version(name) for name in ("fishr", "torch", "timm")},
         }
         card = ModelCard(
-            self.config.model,
+            self.model,
             self.dataset.input_shape,
             self.dataset.classes,
             self.dataset.binary,
