@@ -28,7 +28,7 @@ _HOMES = {
     "train": "fishr.training",
 }
 
-_ROOMS = ("algorithms", "data", "deploy", "functional", "models", "nn", "training")
+_ROOMS = ("algorithms", "data", "deploy", "functional", "models", "nn", "testing", "training")
 
 __all__ = [
     "DomainBatch",

@@ -55,7 +55,7 @@ class Choice:
         return self.options[int(generator.integers(len(self.options)))]
 
     def __str__(self) -> str:
-        return f"one of {', '.join(f'{option:g}' for option in self.options)}"
+        return f"one of {', '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in self.options)}"
 
 
 def draw(space: Mapping[str, Distribution], *seed: int) -> dict[str, Any]:

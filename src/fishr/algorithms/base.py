@@ -19,6 +19,13 @@ from fishr.models.build import ModelConfig
 from fishr.registry import unknown
 from fishr.space import Choice, Distribution, LogUniform
 
+NOTATION = (
+    "In the formulas: n samples of the batch, |E| training domains e, ℓ_i the loss of sample i and h_i its "  # noqa: RUF001
+    "features, R_e the mean loss of the samples of domain e in the batch. The L2 term is added to what trains "
+    "featurizer and head."
+)
+"""What the docstrings of all algorithms take as known."""
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -27,7 +34,7 @@ class AlgorithmConfig:
     Attributes:
         lr: Learning rate of Adam.
         weight_decay: L2 term in Adam's gradient.
-        batch_size: Samples of each domain in a batch; None for all of them at every step.
+        batch_size: Samples of each domain in a batch; null for all of them at every step.
         l2: Weight of Σ‖w‖² over all weights and biases, added to the loss (the Colored MNIST protocol).
         dropout: Probability that a feature is dropped before the head in training.
 

@@ -10,11 +10,11 @@ from fishr.algorithms.dann import DANN
 class CDANN(DANN):
     """Features from which a discriminator that knows the class cannot tell the domain.
 
-    As DANN, but the discriminator sees h_i + u_y, the features plus an embedding of the sample's class, and its
-    cross-entropy is Σ_i 1 / (n_y · C) per sample of class y, n_y the samples of that class in the batch and C the
-    largest label in it plus one.
+    objective = 1/n Σ_i ℓ_i − λ D of featurizer and head, and D of the discriminator, in turn, as in DANN
 
-    u is trained with the discriminator. The weights make each class count as much, however frequent: class-conditional
+    but the discriminator sees h_i + u_y, the features plus an embedding u of the sample's class y, trained with the
+    discriminator, and the first term of D is Σ_i c_i / (n_y C), with n_y the samples of class y in the batch and C the
+    largest label in it plus one. The weights make each class count as much, however frequent: class-conditional
     distributions are aligned, and domains may differ in how frequent the classes are.
     """
 
@@ -30,8 +30,8 @@ class CDANN(DANN):
         super().setup()
         self.class_embeddings = nn.Embedding(max(2, self.classifier.out_features), self.classifier.in_features)
 
-    def adversary(self) -> list[nn.Parameter]:
-        return [*super().adversary(), *self.class_embeddings.parameters()]
+    def discriminator_parameters(self) -> list[nn.Parameter]:
+        return [*super().discriminator_parameters(), *self.class_embeddings.parameters()]
 
     def discriminator_input(self, features: Tensor, targets: Tensor) -> Tensor:
         embedded: Tensor = self.class_embeddings(targets)

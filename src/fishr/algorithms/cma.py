@@ -13,7 +13,12 @@ from fishr.space import Distribution, LogUniform
 
 @dataclass(frozen=True)
 class CMAConfig(HessianAlignmentConfig):
-    """Hyperparameters of CMA."""
+    """Hyperparameters of CMA.
+
+    Attributes:
+        gradient_weight: α, the weight of the distance between the domains' gradients.
+        hessian_weight: β, the weight of the distance between the domains' Hessians.
+    """
 
     gradient_weight: float = 5000.0
     hessian_weight: float = 1000.0
@@ -32,13 +37,15 @@ class CMA(HessianAlignment):
 
     objective = 1/n Σ_i ℓ_i + λ · 1/|E| Σ_e (α/c ‖g_e − ḡ‖² + β/c² ‖H_e − H̄‖²)
 
-    with g_e the gradient and H_e the whole Hessian of R_e with respect to the head, the Frobenius norm, c outputs of
-    the head and λ = 1. The divisions by c are those of the authors' code, which the weights belong to; a faster form of
-    it compares diagonals alone.
+    with g_e the gradient and H_e the Hessian of R_e with respect to the head, a bar for the mean over domains, the
+    Frobenius norm of all entries, c outputs of the head, α and β the gradient and the Hessian weight, and λ the penalty
+    weight, 1 as published. Equal gradients and Hessians make the domains' loss landscapes alike around the weights, and
+    so are moments of the features. The divisions by c are those of the authors' code, which α and β belong to; a faster
+    variant there compares diagonals alone.
 
-    No Hessian is formed where the head is large: inner products of Hessians are sums over pairs of samples
-    (:func:`fishr.functional.hessian.hessian_distance`). The closed form takes cross-entropy, or binary cross-entropy
-    with a single logit, without weights.
+    No Hessian of a large head is formed: ‖H_e − H̄‖² is a sum over pairs of samples, of inner products of their features
+    and their probabilities (:func:`fishr.functional.hessian.hessian_distance`). The closed form takes cross-entropy, or
+    binary cross-entropy with a single logit, without class weights.
     """
 
     title = "CMA"
@@ -55,6 +62,6 @@ class CMA(HessianAlignment):
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
         logits = self.logits(features)
         num_outputs = logits.shape[1]
-        gradients = self.gradients(features, logits, batch) / num_outputs**0.5
+        gradients = self.gradients(features, logits, batch) / num_outputs**0.5  # squared in the penalty
         distance = hessian_distance(features, logits, batch.sizes, bias=self.bias) / num_outputs**2
         return self.sample_losses(logits, batch.targets).mean(), self.combined(gradients, distance)

@@ -35,7 +35,8 @@ class CORAL(PenalizedAlgorithm):
     objective = 1/|E| Σ_e R_e + λ · mean over pairs of domains of d(a, b)
 
     d(a, b) = mean_j (m_a − m_b)_j² + mean_jk (C_a − C_b)_jk², with m_e the mean and C_e the unbiased covariance of the
-    features of domain e (:func:`fishr.functional.alignment.moment_distance`). The published method, for one source and
+    features of domain e (:func:`fishr.functional.alignment.moment_distance`). A head that works on features which look
+    alike in all domains may work where they look alike in a new one. The published method, for one source and
     one target, aligns covariances alone; across domains the means are aligned too, as in DomainBed.
     """
 

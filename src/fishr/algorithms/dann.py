@@ -26,7 +26,7 @@ class DANNConfig(AlgorithmConfig):
         discriminator_width: Units of each hidden layer.
         discriminator_depth: Its linear layers.
         discriminator_dropout: Probability that a hidden unit is dropped.
-        gradient_penalty: Weight of the squared gradient of its loss with respect to its input.
+        gradient_penalty: w, the weight of the squared gradient of the cross-entropy with respect to the features.
         beta1: β₁ of Adam, for both; β₂ is 0.9.
     """
 
@@ -45,7 +45,7 @@ class DANNConfig(AlgorithmConfig):
             f"{name} must be at least {least}, got {getattr(self, name)}"
             for name, least in (
                 ("adversary_weight", 0),
-                ("discriminator_steps", 0),
+                ("discriminator_steps", 1),
                 ("discriminator_weight_decay", 0),
                 ("discriminator_width", 1),
                 ("discriminator_depth", 1),
@@ -81,11 +81,14 @@ class DANNConfig(AlgorithmConfig):
 class DANN(Algorithm):
     """Features from which a discriminator cannot tell the domain.
 
-    featurizer and head minimise 1/n Σ_i ℓ_i − λ D, a discriminator minimises D, in turn
+    objective = 1/n Σ_i ℓ_i − λ D of featurizer and head, and D of the discriminator, in turn
 
-    D = 1/n Σ_i cross-entropy of the domain of sample i, told from its features, + w · 1/n Σ_i ‖gradient of the summed
-    cross-entropy with respect to the features of i‖², w the gradient penalty. Step t = 1, 2, ... trains the
-    discriminator where t mod (1 + s) < s, with s its steps for each one of the others.
+    D = 1/n Σ_i c_i + w/n Σ_i ‖∂(Σ_j c_j)/∂h_i‖², with c_i the cross-entropy of the discriminator's guess of the domain
+    of sample i, λ the adversary weight and w that of the gradient penalty; both terms are in −λ D. Features that are
+    alike in all domains may be alike in a new one.
+
+    Step t = 1, 2, ... trains the discriminator where t mod (1 + s) < s, with s its steps for each one of featurizer and
+    head. The paper trains both at once, by reversing the gradient; taking turns is DomainBed's way.
     """
 
     title = "DANN"
@@ -105,7 +108,7 @@ class DANN(Algorithm):
             num_inputs = self.config.discriminator_width
         self.discriminator = nn.Sequential(*layers, nn.Linear(num_inputs, self.num_domains))
 
-    def adversary(self) -> list[nn.Parameter]:
+    def discriminator_parameters(self) -> list[nn.Parameter]:
         """Weights that the discriminator's steps train."""
         return list(self.discriminator.parameters())
 
@@ -115,7 +118,7 @@ class DANN(Algorithm):
         decay = self.config.discriminator_weight_decay
         return {
             "main": Adam(self.network_parameters, self.config.lr, betas, weight_decay=self.config.weight_decay),
-            "discriminator": Adam(self.adversary(), lr, betas, weight_decay=decay),
+            "discriminator": Adam(self.discriminator_parameters(), lr, betas, weight_decay=decay),
         }
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
@@ -124,7 +127,7 @@ class DANN(Algorithm):
         turns = self.config.discriminator_steps
         trains_discriminator = (step + 1) % (1 + turns) < turns
         if trains_discriminator:
-            features = features.detach()
+            features = features.detach().requires_grad_()  # for the gradient penalty
         discriminator_loss = self.discriminator_loss(features, batch)
         if trains_discriminator:
             total, optimizer = discriminator_loss, optimizers["discriminator"]
@@ -139,8 +142,6 @@ class DANN(Algorithm):
     def discriminator_loss(self, features: Tensor, batch: DomainBatch) -> Tensor:
         """D of features ``[sample, feature]``."""
         inputs = self.discriminator_input(features, batch.targets)
-        if not inputs.requires_grad:
-            inputs.requires_grad_()
         losses = F.cross_entropy(self.discriminator(inputs), batch.domains, reduction="none")
         total = (losses * self.sample_weights(batch.targets)).sum()
         if self.config.gradient_penalty > 0:
@@ -149,9 +150,9 @@ class DANN(Algorithm):
         return total
 
     def discriminator_input(self, features: Tensor, targets: Tensor) -> Tensor:
-        """What the discriminator sees, ``[sample, feature]``."""
+        """What the discriminator sees, ``[sample, feature]``; CDANN joins the class."""
         return features
 
     def sample_weights(self, targets: Tensor) -> Tensor:
-        """Weight of each sample in D, ``[sample]``."""
+        """Weight of each sample in D, ``[sample]``; CDANN balances the classes."""
         return torch.full(targets.shape, 1 / len(targets), device=targets.device)

@@ -20,8 +20,8 @@ class EQRMConfig(AlgorithmConfig):
     """Hyperparameters of EQRM.
 
     Attributes:
-        quantile: α: the probability with which a new domain's risk is to lie below what is minimised.
-        burn_in: Steps of ERM before: a whole number is a step, a decimal a share of the run.
+        quantile: α, the probability with which a new domain's risk is to lie below what is minimised.
+        burn_in: Steps of ERM at the beginning: a whole number is a step, a decimal a share of the run.
         lr_after: Learning rate after the burn-in, when the optimizer starts anew.
     """
 
@@ -49,12 +49,13 @@ class EQRMConfig(AlgorithmConfig):
 
 
 class EQRM(Algorithm):
-    """Minimise the risk that a new domain stays below with a given probability.
+    """Minimise the α-quantile of risk over domains, below which that of a new domain lies with probability α.
 
-    objective = F⁻¹(α), with F the distribution of risks over domains: a Gaussian kernel density of R_1, ..., R_|E|
+    objective = F⁻¹(α), F the distribution of the risk over domains: a Gaussian kernel density of R_1, ..., R_|E|
 
-    Until the burn-in is over the objective is 1/|E| Σ_e R_e. α → 1 leads to the worst domain. See
-    :func:`risk_quantile`.
+    A new domain is taken to be drawn like those of training. The larger α, the more the largest risk and the spread of
+    the risks count (:func:`risk_quantile`). During the burn-in the objective is 1/|E| Σ_e R_e: what EQRM does then, at
+    a learning rate of its own, is to fine-tune a model of ERM.
     """
 
     title = "EQRM"
@@ -86,23 +87,24 @@ class EQRM(Algorithm):
         return super().training_step(batch, step, optimizers)
 
 
-def risk_quantile(risks: Tensor, quantile: float) -> Tensor:
-    """The quantile of a Gaussian kernel density of risks ``[domain]``, a scalar.
+def risk_quantile(risks: Tensor, alpha: float) -> Tensor:
+    """F⁻¹(α) of a Gaussian kernel density of risks ``[domain]``, a scalar.
 
     F(x) = 1/|E| Σ_e Φ((x − R_e) / h), h = 1.06 σ |E|^(−1/5) (Silverman's rule, σ the unbiased standard deviation).
 
-    F⁻¹(α) lies between the α-quantiles of the kernels at the smallest and at the largest risk. Bisection tells how far
-    between; the gradient flows through these two ends, with that share as a constant.
+    F⁻¹(α) lies between the α-quantiles of the kernels at the smallest and at the largest risk; bisection tells how far
+    between. The gradient flows through these two ends, with that share as a constant. It is not the derivative of
+    F⁻¹(α): as in the authors' code, risks between the ends enter through h alone.
     """
     risks = risks.sort().values
-    width = 1.06 * risks.std() * len(risks) ** -0.2
-    level = torch.full_like(width, quantile)
-    ends = torch.stack([risks[0], risks[-1]]) + width * torch.special.ndtri(level)
+    bandwidth = 1.06 * risks.std() * len(risks) ** -0.2
+    level = torch.full_like(bandwidth, alpha)
+    ends = torch.stack([risks[0], risks[-1]]) + bandwidth * torch.special.ndtri(level)
     with torch.no_grad():
-        below, above = torch.zeros_like(width), torch.ones_like(width)
+        below, above = torch.zeros_like(bandwidth), torch.ones_like(bandwidth)
         for _ in range(BISECTIONS):
             share = (below + above) / 2
-            reached = torch.special.ndtr((torch.lerp(ends[0], ends[1], share) - risks) / width).mean()
+            reached = torch.special.ndtr((torch.lerp(ends[0], ends[1], share) - risks) / bandwidth).mean()
             below = torch.where(reached < level, share, below)
             above = torch.where(reached < level, above, share)
     return torch.lerp(ends[0], ends[1], (below + above) / 2)

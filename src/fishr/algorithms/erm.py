@@ -8,6 +8,8 @@ class ERM(Algorithm):
     """Minimise the mean loss over the samples of all domains.
 
     objective = 1/n Σ_i ℓ_i
+
+    Domains play no part: it learns whatever lowers the loss, also what holds in these domains alone.
     """
 
     title = "ERM"

@@ -50,8 +50,10 @@ class Fishr(PenalizedAlgorithm):
     objective = 1/n Σ_i ℓ_i + λ · 1/|E| Σ_e ‖v_e − v̄‖² (scaled as ``reduction`` says)
 
     with v_e the variance over the samples of domain e of the head's gradient, computed in closed form by
-    :class:`fishr.nn.FishrPenalty`. The moving average runs from the first step, the penalty acts from the switch-on
-    step.
+    :class:`fishr.nn.FishrPenalty`, v̄ the mean over domains. At a minimum the variance approximates, up to scale, the
+    diagonal of the Hessian: equal variances make the domains' loss landscapes alike around the weights, so that a step
+    which leaves one domain's loss low does not raise another's. The moving average runs from the first step, the
+    penalty acts from the switch-on step.
     """
 
     title = "Fishr"

@@ -32,12 +32,15 @@ class GroupDROConfig(AlgorithmConfig):
 
 
 class GroupDRO(Algorithm):
-    """Minimise the risk of the worst domain, by weights that grow with the risk.
+    """Minimise the risk of the worst domain, by domain weights that grow with its risk.
 
-    objective = Σ_e q_e R_e, with q_e ← q_e · exp(η R_e) / Σ_e' q_e' exp(η R_e') at every step before it is used
+    objective = Σ_e q_e R_e, after q_e ← q_e exp(η R_e) and q ← q / Σ_e q_e
 
-    q starts uniform. The updates are exponentiated gradient ascent on min over weights, max over q of Σ_e q_e R_e (the
-    paper's algorithm 1); the risks in them are constants.
+    The problem is min over the network, max over q (q_e ≥ 0, Σ_e q_e = 1) of Σ_e q_e R_e, the risk of the worst domain.
+    At each step q, uniform at first, takes a step of exponentiated gradient ascent, so that q_e ∝ exp(η · the sum of
+    the domain's risks so far); then the network descends, with q constant. A low risk in the worst domain is a low risk
+    in every mixture of the training domains. The groups of the paper are the training domains; its algorithm 1 draws
+    one group per step, here all are in the batch.
     """
 
     title = "GroupDRO"
@@ -58,6 +61,6 @@ class GroupDRO(Algorithm):
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         risks = self.domain_risks(self(batch.inputs), batch)
         grown = self.domain_weights * torch.exp(self.config.eta * risks.detach())
-        weights = grown / grown.sum()
-        self.domain_weights.copy_(weights)
-        return Losses((weights * risks).sum() + self.l2_term(), {"risk": risks.mean(), "worst_risk": risks.max()})
+        q = grown / grown.sum()
+        self.domain_weights.copy_(q)
+        return Losses((q * risks).sum() + self.l2_term(), {"risk": risks.mean(), "worst_risk": risks.max()})

@@ -17,10 +17,10 @@ from fishr.space import Distribution, LogUniform
 
 @dataclass(frozen=True)
 class HessianAlignmentConfig(PenalizedConfig):
-    """Hyperparameters of what aligns gradients and Hessians of the head; the penalty acts from the first step.
+    """Hyperparameters of what aligns gradients and Hessians of the head.
 
-    The penalty is the sum of both distances with their weights. ``penalty_weight`` multiplies it and is 1 in the
-    published objective; with ``strength``, only the ratio of the two weights matters.
+    The penalty is the sum of both distances with their weights. ``penalty_weight`` multiplies it from the first step on
+    and is 1 in the published objective; with ``strength``, only the ratio of the two weights matters.
 
     Attributes:
         gradient_weight: α, the weight of the distance between the domains' gradients.
@@ -103,9 +103,11 @@ class HessianGradientProduct(HessianAlignment):
 
     objective = 1/|E| Σ_e R_e + λ · 1/|E| Σ_e (α ‖g_e − ḡ‖² + β ‖H_e g_e − mean_e H_e g_e‖²)
 
-    with g_e the gradient and H_e the Hessian of R_e with respect to the head, and λ = 1. H_e g_e is how the gradient
-    changes along itself; it is computed in closed form (:mod:`fishr.functional.hessian`), which takes cross-entropy, or
-    binary cross-entropy with a single logit, without weights.
+    with g_e the gradient and H_e the Hessian of R_e with respect to the head, ḡ the mean over domains, α and β the
+    gradient and the Hessian weight, and λ the penalty weight, 1 as published. Equal gradients and Hessians make the
+    domains' loss landscapes alike around the weights. H_e g_e is how the gradient changes along itself; it is computed
+    in closed form (:mod:`fishr.functional.hessian`), which takes cross-entropy, or binary cross-entropy with a single
+    logit, without weights.
 
     The authors' code compares H_e g_e with the product of the mean loss, H̄ ḡ, as a constant; here it is the mean of the
     products, as in the formula. Their code calls β ``penalty_alpha`` and α ``penalty_beta``.
@@ -160,8 +162,9 @@ class Hutchinson(HessianAlignment):
 
     objective = 1/|E| Σ_e R_e + λ · 1/|E| Σ_e (α ‖g_e − ḡ‖² + β ‖D_e − D̄‖²), D_e = 1/K Σ_k v_k ∘ H_e v_k
 
-    with g_e the gradient and H_e the Hessian of R_e with respect to the head, λ = 1 and vectors v_k of random signs,
-    drawn at every step: D_e estimates the diagonal of H_e. Products with H_e are in closed form
+    with g_e the gradient and H_e the Hessian of R_e with respect to the head, a bar for the mean over domains, α and β
+    the gradient and the Hessian weight, λ the penalty weight, 1 as published, and vectors v_k of random signs, drawn at
+    every step: D_e estimates the diagonal of H_e. Products with H_e are in closed form
     (:mod:`fishr.functional.hessian`), which takes cross-entropy, or binary cross-entropy with a single logit, without
     weights.
 

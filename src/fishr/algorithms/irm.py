@@ -47,8 +47,9 @@ class IRM(PenalizedAlgorithm):
 
     objective = 1/|E| Σ_e R_e + λ · 1/|E| Σ_e (∂R_e(w · f)/∂w at w = 1)²
 
-    w is a scalar multiplier of the logits, so the derivative has a closed form: the mean over the domain of
-    Σ_k r_ik · logit_ik, with the residuals r.
+    Where the slope is zero in a domain, no other multiplier would do better there: the head is optimal in all domains
+    at once, so it relies on what tells the label in the same way in each. w is a scalar multiplier of the logits, so
+    the derivative has a closed form: the mean over the domain of Σ_k r_ik · logit_ik, with the residuals r.
     """
 
     title = "IRM"

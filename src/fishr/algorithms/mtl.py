@@ -18,7 +18,7 @@ class MTLConfig(AlgorithmConfig):
     """Hyperparameters of MTL.
 
     Attributes:
-        update_weight: Weight of a batch's mean in the moving average of its domain's embedding; 1 forgets all before.
+        update_weight: Weight a of the batch's mean in the moving average of its domain; 1 forgets all before.
     """
 
     update_weight: float = 0.99
@@ -35,15 +35,17 @@ class MTLConfig(AlgorithmConfig):
 
 
 class MTL(Algorithm):
-    """Let the head see what the domain as a whole looks like.
+    """Let the head adapt to a domain: beside a sample's features it sees their mean over the domain.
 
     objective = 1/n Σ_i ℓ(head(h_i ⊕ μ_e), y_i), μ_e ← a · mean of the features of domain e + (1 − a) · μ_e before
 
-    h_i are the features of sample i of domain e, ⊕ joins vectors, a is the update weight; the history of μ_e, which
-    begins at zero, is a constant. The mean embedding stands for the domain's marginal distribution of inputs.
+    for sample i of domain e; ⊕ joins vectors, a is the update weight. μ_e stands for the domain's distribution of
+    inputs. It is zero before the first step; what it was before a step is a constant there, so the gradient reaches the
+    featurizer through h_i and the mean over this batch.
 
-    The prediction depends on the batch: μ is the mean over the samples at hand, which are taken to come from one
-    domain. For a sample alone it is that sample's own features.
+    At test the μ_e of training are not used, and the prediction depends on the batch: the mean is that of the samples
+    at hand, which are taken to come from one domain. A sample alone gets its own features for the mean, which is not
+    what the head was trained on: predict many samples of a domain together.
     """
 
     title = "MTL"
@@ -70,7 +72,7 @@ class MTL(Algorithm):
         self.register_buffer("embeddings", torch.zeros(self.num_domains, self.featurizer.num_features // 2))
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        with self.autocast():
+        with self.autocast():  # not self.features, whose mean would be over all domains
             inner = self.featurizer.inner(batch.inputs)
         features = self.dropped(inner.to(self.classifier.weight.dtype))
         means = torch.stack([part.mean(0) for part in batch.split(features)])

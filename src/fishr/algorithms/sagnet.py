@@ -38,24 +38,25 @@ class SagNetConfig(AlgorithmConfig):
 
 
 class SagNet(Algorithm):
-    """Predict from content, and make style say nothing about the class.
+    """Predict from content, and make style, in which domains differ most, say nothing about the class.
 
-    three updates at every step, each with its own loss:
-    featurizer and head: 1/n Σ_i ℓ(head(σ̂_i c_i + μ̂_i), y_i), style randomised;
-    style head: 1/n Σ_i ℓ(style head(σ_i c_j + μ_i), y_i), content randomised;
-    featurizer: λ/n Σ_i H(uniform, prediction of the style head as above)
+    objectives of three updates at every step:
+    1. featurizer and head: 1/n Σ_i ℓ(head(σ̂_i c_i + μ̂_i), y_i), with style randomised;
+    2. style head: 1/n Σ_i ℓ(style head(σ_i c_j + μ_i), y_i), with content randomised;
+    3. featurizer: λ/n Σ_i H(uniform, prediction of the style head as in 2)
 
-    Style is the mean μ_i and the standard deviation σ_i over the features h_i of a sample, content what is left,
-    c_i = (h_i − μ_i) / σ_i. Sample j is the partner of i in a random permutation of the batch, in which a sample may
-    meet itself (one alone always does), whatever their domains. Randomised style is μ̂_i = α_i μ_i + (1 − α_i) μ_j, and
+    Style is the mean μ_i and the standard deviation σ_i over the features h_i of a sample, content what is left, c_i =
+    (h_i − μ_i) / σ_i. Sample j is the partner of i in a random permutation of the batch, in which a sample may meet
+    itself (one alone always does); domain labels play no part. Randomised style is μ̂_i = α_i μ_i + (1 − α_i) μ_j, and
     σ̂_i likewise, with α_i ~ U(0, 1); randomised content c_j is a constant, so the adversary reaches the featurizer
-    through style alone. H is the cross-entropy against the uniform distribution; the two classes of a single logit z
-    have the probabilities sigmoid(z) and sigmoid(−z).
+    through style alone. λ is the adversary weight, and both updates of the featurizer share one Adam. H is the
+    cross-entropy against the uniform distribution; the two classes of a single logit z have the probabilities
+    sigmoid(z) and sigmoid(−z).
 
     The published method exchanges the statistics of feature maps within the network and has a convolutional style
-    branch; on feature vectors with a linear style head, which is used here and in training only, it is DomainBed's.
-    Standard deviations are interpolated, as published; DomainBed interpolates variances. The features of the second
-    and third update are the same, and the permutations of all three are not.
+    branch; here, as in DomainBed, statistics are those of feature vectors, and the style head is linear and not used
+    after training. Standard deviations are interpolated, as published; DomainBed interpolates variances. The features
+    are computed anew after the first update, and each update has a permutation of its own.
     """
 
     title = "SagNet"
@@ -82,14 +83,14 @@ class SagNet(Algorithm):
         }
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
-        content = randomize_style(self.wide_features(batch))
-        risk = self.sample_losses(self.logits(content), batch.targets).mean()
+        restyled = randomize_style(self.wide_features(batch))
+        risk = self.sample_losses(self.logits(restyled), batch.targets).mean()
         total = risk + self.l2_term()
         _update(total, optimizers["featurizer"], optimizers["classifier"])
 
         features = self.wide_features(batch)
-        style = randomize_content(features.detach())
-        style_loss = self.sample_losses(self.style_head(style), batch.targets).mean()
+        refilled = randomize_content(features.detach())
+        style_loss = self.sample_losses(self.style_head(refilled), batch.targets).mean()
         _update(style_loss, optimizers["style"])
 
         adversarial_loss = cross_entropy_to_uniform(self.style_head(randomize_content(features))).mean()
@@ -105,7 +106,7 @@ class SagNet(Algorithm):
 
 
 def randomize_style(features: Tensor) -> Tensor:
-    """The content of each sample in a style between its own and that of another: σ̂_i c_i + μ̂_i, as the features."""
+    """The content of each sample in a style between its own and another's: σ̂_i c_i + μ̂_i, ``[sample, feature]``."""
     content, mean, deviation = _content_and_style(features)
     partners = torch.randperm(len(features), device=features.device)
     share = torch.rand(len(features), 1, dtype=features.dtype, device=features.device)
@@ -113,7 +114,7 @@ def randomize_style(features: Tensor) -> Tensor:
 
 
 def randomize_content(features: Tensor) -> Tensor:
-    """The content of another sample, a constant, in the style of each: σ_i c_j + μ_i, as the features."""
+    """The content of another sample, a constant, in the style of each: σ_i c_j + μ_i, ``[sample, feature]``."""
     content, mean, deviation = _content_and_style(features)
     partners = torch.randperm(len(features), device=features.device)
     return content[partners].detach() * deviation + mean

@@ -28,7 +28,8 @@ class SD(PenalizedAlgorithm):
     objective = 1/n Σ_i ℓ_i + λ · mean over samples and classes of logit²
 
     With cross-entropy alone, a sample that one feature classifies with confidence has hardly a gradient left to learn
-    another from. L2 on the logits bounds that confidence. Domains play no part.
+    another from. L2 on the logits bounds that confidence, and a model that uses more features depends less on one
+    that a new domain lacks. Domains play no part.
     """
 
     title = "SD"

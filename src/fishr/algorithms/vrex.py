@@ -37,6 +37,9 @@ class VREx(PenalizedAlgorithm):
     """Equal risks in all domains.
 
     objective = 1/|E| Σ_e R_e + λ · Var_e(R_e)
+
+    Domains more extreme than those seen are extrapolations of their differences; where the risks are equal, they stay
+    equal along these too.
     """
 
     title = "V-REx"

@@ -22,6 +22,7 @@ def show(
 
         fishr algorithms show vrex --json
     """
+    from fishr.algorithms.base import NOTATION
     from fishr.algorithms.describe import describe
 
     described = describe(name)
@@ -31,6 +32,7 @@ def show(
     print_line(f"{described.title} ({described.year}): {described.idea}")
     print_line("")
     print_line(described.text)
+    print_line(NOTATION)
     print_line("")
     for each in described.hyperparameters:
         own = "" if each.recommended == each.defaults else f" ({_by_kind(each.recommended)} on data of your own)"
