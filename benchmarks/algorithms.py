@@ -22,23 +22,23 @@ from fishr.algorithms import ALGORITHMS, Algorithm
 from fishr.algorithms.describe import STEP_COSTS
 from fishr.data import DomainBatch, load_dataset
 from fishr.data.base import Kind
+from fishr.errors import NonFiniteLossError
 from fishr.files import write_text
 from fishr.models.build import ModelConfig, build_model
 from fishr.reports.comparison import comparison_table, differences
 from fishr.reports.tables import markdown_table
-from fishr.space import draw
 from fishr.training import RunConfig, train
 from fishr.training.loop import RunResult
-from fishr.workflows.compare import FIXED, titles
+from fishr.workflows.compare import hyperparameters_of_draw, titles
 
 METHOD = """Accuracy: Colored Digits, each domain held out in turn, the library's MLP, 500 steps, batches of
 64 per domain. Of each algorithm the recommended hyperparameters and three random draws of those that have a
-search space (but for batch size, penalty weight and switch-on) are trained with seed 0; the draw with the
-best accuracy on the out-splits of the training domains is run with the other seeds; the last step counts;
-data, splits and initial weights are those of the seed. Nothing is chosen by a held-out domain. Step costs:
-the recommended hyperparameters for images and for vectors, in the last tenth of a run, where every penalty
-is on; a call is two steps, as adversarial training takes turns; ratio: median over rounds of the
-algorithm's duration to ERM's of the same round; making the batch is left out."""
+search space (but for batch size and the weights and switch-on steps of penalties) are trained with seed 0;
+the draw with the best accuracy on the out-splits of the training domains is run with the other seeds; the
+last step counts; data, splits and initial weights are those of the seed. Nothing is chosen by a held-out
+domain. Step costs: the recommended hyperparameters for images and for vectors, in the last tenth of a run,
+where every penalty is on; a call is two steps, as adversarial training takes turns; ratio: median over
+rounds of the algorithm's duration to ERM's of the same round; making the batch is left out."""
 
 SEEDS, DRAWS, STEPS = (0, 1, 2, 3, 4), 4, 500
 
@@ -58,15 +58,13 @@ class Task:
     def outcome(self) -> dict[str, Any]:
         """The draw chosen, and the held-out accuracy of each seed."""
         torch.set_num_threads(1)
-        scores = [self.validation(self.run(number, self.seeds[0])) for number in range(self.draws)]
+        scores = [self.score(number) for number in range(self.draws)]
         chosen = scores.index(max(scores))
         held_out = [self.run(chosen, seed).kept.domains[self.domain]["in"].accuracy for seed in self.seeds]
         return {"chosen": chosen, "hparams": self.hparams(chosen), "validation": scores, "held_out": held_out}
 
     def hparams(self, number: int) -> dict[str, Any]:
-        config = ALGORITHMS[self.algorithm].Config
-        space = {name: values for name, values in config.space("vectors").items() if name not in FIXED}
-        return config.recommended("vectors").as_dict() | (draw(space, number) if number else {})
+        return hyperparameters_of_draw(self.algorithm, "vectors", number)
 
     def run(self, number: int, seed: int) -> RunResult:
         dataset = load_dataset("colored-digits", seed=seed, subset=self.subset)
@@ -82,8 +80,12 @@ class Task:
         )
         return train(config, dataset, self.runs / config.hash, device="cpu")
 
-    def validation(self, run: RunResult) -> float:
-        splits = run.kept.domains
+    def score(self, number: int) -> float:
+        """Validation accuracy of a draw; of one that diverged, below any."""
+        try:
+            splits = self.run(number, self.seeds[0]).kept.domains
+        except NonFiniteLossError:
+            return -1.0
         return fmean(splits[name]["out"].accuracy for name in splits if "out" in splits[name] and name != self.domain)
 
 
@@ -178,7 +180,8 @@ def table(outcomes: Mapping[str, Mapping[str, Any]], costs: Mapping[str, Mapping
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS), help="beside ERM (default: all)")
+    own = [name for name in ALGORITHMS if ALGORITHMS[name].__module__.startswith("fishr.")]
+    parser.add_argument("--algorithms", nargs="*", default=own, help="beside ERM (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that train (default: %(default)s)")
     parser.add_argument(
@@ -195,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {"accuracy": outcomes, "difference_to_erm": paired, "step_costs": costs}
     setup = common.describe_setup(arguments, ["torch", "timm", "scipy", "fishr"], METHOD)
     common.write_results(arguments.output, "algorithms", setup, results, [], table(outcomes, costs))
-    if not arguments.quick and names == list(ALGORITHMS):
+    if not arguments.quick and names == own:
         rounded = {name: {case: round(cost, 2) for case, cost in costs[name].items()} for name in names}
         package = Path(fishr.algorithms.__file__).parent
         write_text(package / STEP_COSTS, json.dumps(rounded, indent=1, ensure_ascii=False) + "\n")

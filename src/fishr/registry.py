@@ -1,14 +1,19 @@
 """A typed registry: names to objects, with a helpful miss."""
 
 import difflib
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
-from importlib.metadata import entry_points
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from fishr.errors import ConfigError
 
 T = TypeVar("T")
+
+MODULE_AND_NAME = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -48,9 +53,10 @@ class Registry(Generic[T]):
         if name in self._items:
             return self._items[name]
         if name in (elsewhere := self._elsewhere()):
-            return self._imported(name, elsewhere[name])
-        if self.group is not None and ":" in name:
-            return self._imported(name, name)
+            return self._loaded(elsewhere[name])
+        if self.group is not None and MODULE_AND_NAME.fullmatch(name):
+            with _modules_of_working_directory():
+                return self._loaded(EntryPoint(name, name, self.group))
         raise unknown(self.kind, name, self)
 
     def __contains__(self, name: object) -> bool:
@@ -60,18 +66,31 @@ class Registry(Generic[T]):
         yield from self._items
         yield from (name for name in self._elsewhere() if name not in self._items)
 
-    def _elsewhere(self) -> dict[str, str]:
-        """Names that other packages add, and where what they name is."""
-        return {} if self.group is None else {point.name: point.value for point in entry_points(group=self.group)}
+    def _elsewhere(self) -> dict[str, EntryPoint]:
+        """What other packages add, by name."""
+        return {} if self.group is None else {point.name: point for point in entry_points(group=self.group)}
 
-    def _imported(self, name: str, where: str) -> T:
-        module, _, attribute = where.partition(":")
+    def _loaded(self, point: EntryPoint) -> T:
         try:
-            item: T = getattr(import_module(module), attribute)
+            item: T = point.load()
         except Exception as error:  # a module may raise anything
             raise ConfigError(
-                f"{self.kind} {name!r} cannot be imported as package.module:Name: {type(error).__name__}: {error}"
+                f"{self.kind} {point.name!r} cannot be imported as package.module:Name: {type(error).__name__}: {error}"
             ) from error
         if not self.accepts(item):
-            raise ConfigError(f"{where!r} is no {self.kind}: got {item!r}")
+            raise ConfigError(f"{point.value!r} is no {self.kind}: got {item!r}")
         return item
+
+
+@contextmanager
+def _modules_of_working_directory() -> Iterator[None]:
+    """Import from the working directory too, last, so that it hides nothing.
+
+    Not for longer than that: any folder in it, such as ``onnx``, would pass for a package.
+    """
+    folder = str(Path.cwd())
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -10,6 +10,8 @@ Call them in a test of your own::
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -33,17 +35,21 @@ LEARNING_STEPS, LEARNED = 60, 0.9
 """Length of the run that is to learn, and the share of the first risk below which the last must be."""
 
 VECTOR, IMAGE = (6,), (2, 8, 8)
-SIZES, RAGGED_SIZES = (12, 12, 12), (5, 12, 3)
+NUM_DOMAINS, SIZE, RAGGED_SIZES = 3, 12, (5, 12, 3)
+"""Domains, or as many more as an algorithm needs; samples of each, or in turn of domains that are unequal."""
+
+OTHER_STEPS = 6
+"""Length of the runs with other settings."""
 
 
 def check_algorithm(algorithm: type[Algorithm], config: AlgorithmConfig | None = None) -> None:
     """Check that an algorithm keeps the contract of :class:`fishr.algorithms.Algorithm`.
 
-    It describes itself; its config has defaults and draws for every kind of data and refuses what cannot be; it trains
-    and lowers its risk, with several classes and with a single logit, on vectors and on images, on domains of unequal
-    sizes, with the featurizer in bfloat16 and with a frozen featurizer; runs are deterministic and resume exactly;
-    evaluation changes no state; a prediction depends on its sample alone, unless the network is a
-    :class:`fishr.models.BatchDependent`.
+    It describes itself; its config has defaults and draws for every kind of data and refuses values of the wrong type;
+    it trains and lowers its risk, with several classes and with a single logit; it trains on vectors and on images, on
+    domains of unequal sizes, with published and with drawn hyperparameters, with the featurizer in bfloat16 and with a
+    frozen featurizer; runs are deterministic and resume exactly; evaluation changes no state; a prediction depends on
+    its sample alone, unless the network is a :class:`fishr.models.BatchDependent`.
 
     Args:
         algorithm: The class.
@@ -63,11 +69,12 @@ def check_algorithm(algorithm: type[Algorithm], config: AlgorithmConfig | None =
         _check_determinism,
         _check_resume,
         _check_other_data,
+        _check_other_settings,
         _check_bfloat16,
         _check_frozen_featurizer,
         _check_prediction,
     ):
-        with _named(check.__name__.removeprefix("_check_").replace("_", " ")):
+        with _named(check.__name__.removeprefix("_check_").replace("_", " ")), torch.random.fork_rng(devices=[]):
             check(algorithm, trained_with)
 
 
@@ -138,13 +145,14 @@ def _check_config(algorithm: type[Algorithm]) -> None:
         for seed in range(5):
             for base in (config.default(kind), config.recommended(kind)):
                 base.updated(draw(space, seed))
-    for changes, named in (({"lr": -1.0}, "lr"), ({"lr": "fast"}, "lr"), ({"no_such_setting": 1}, "no_such_setting")):
+    wrong_types: list[tuple[str, object]] = [(item.name, ["a list"]) for item in fields(config)]
+    for name, value in (*wrong_types, ("lr", -1.0), ("no_such_setting", 1)):
         try:
-            config().updated(changes)
+            config().updated({name: value})
         except ConfigError as error:
-            _require(named in str(error), f"the error for {changes} must name {named!r}, it says {error}")
+            _require(name in str(error), f"the error for {name}={value!r} must name {name!r}, it says {error}")
         else:
-            raise ContractError(f"the config must refuse {changes}")
+            raise ContractError(f"the config must refuse {name}={value!r}")
 
 
 def _check_few_domains(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
@@ -193,8 +201,16 @@ def _check_resume(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
 
 
 def _check_other_data(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
-    _Training(algorithm, config, sizes=RAGGED_SIZES).run(STEPS)
+    _Training(algorithm, config, ragged=True).run(STEPS)
     _Training(algorithm, config, input_shape=IMAGE, model=ModelConfig("mnist-cnn")).run(2)
+
+
+def _check_other_settings(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
+    published = algorithm.Config.default("vectors")
+    drawn = published.updated(draw(algorithm.Config.space("vectors"), 1))
+    for settings in (published, drawn):
+        _Training(algorithm, settings, steps=OTHER_STEPS).run(OTHER_STEPS)
+    _Training(algorithm, drawn, steps=OTHER_STEPS).freeze_featurizer().run(OTHER_STEPS)
 
 
 def _check_bfloat16(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
@@ -206,9 +222,7 @@ def _check_bfloat16(algorithm: type[Algorithm], config: AlgorithmConfig) -> None
 
 
 def _check_frozen_featurizer(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
-    training = _Training(algorithm, config)
-    training.algorithm.featurizer.requires_grad_(False)
-    training.optimizers = training.algorithm.configure_optimizers()
+    training = _Training(algorithm, config).freeze_featurizer()
     before = [weights.clone() for weights in training.algorithm.featurizer.parameters()]
     training.run(STEPS)
     same = all(map(torch.equal, before, training.algorithm.featurizer.parameters()))
@@ -248,14 +262,17 @@ class _Training:
         config: AlgorithmConfig,
         *,
         num_outputs: int = 3,
-        num_domains: int = 3,
-        sizes: tuple[int, ...] = SIZES,
+        num_domains: int | None = None,
+        ragged: bool = False,
         input_shape: tuple[int, ...] = VECTOR,
         model: ModelConfig = ModelConfig("mlp", {"width": 16}),
         steps: int = STEPS,
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
+        if num_domains is None:
+            num_domains = max(NUM_DOMAINS, algorithm.min_domains)
+        sizes = tuple(islice(cycle(RAGGED_SIZES if ragged else (SIZE,)), num_domains))
         self.num_classes, self.sizes, self.input_shape = max(2, num_outputs), sizes, input_shape
         network = build_model(algorithm.model_config(model), input_shape, num_outputs)
         with torch.random.fork_rng(devices=[]):
@@ -265,6 +282,11 @@ class _Training:
         self.algorithm = algorithm(*network, num_domains, config, steps=steps)
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
         self.terms: list[str] | None = None
+
+    def freeze_featurizer(self) -> "_Training":
+        self.algorithm.featurizer.requires_grad_(False)
+        self.optimizers = self.algorithm.configure_optimizers()
+        return self
 
     def batch(self, step: int) -> DomainBatch:
         generator = torch.Generator().manual_seed(1000 + step)

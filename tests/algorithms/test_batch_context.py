@@ -5,10 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from fishr.algorithms import ARM, ERM, MTL
-from fishr.data import DomainBatch
+from fishr.data import DomainBatch, Samples
 from fishr.errors import ConfigError
-from fishr.models.batch_context import ContextFeaturizer, MeanEmbedding
+from fishr.models.backbone import backbone_config, load_initial_weights
+from fishr.models.batch_context import ContextFeaturizer, MeanEmbedding, evaluation_order
 from fishr.models.build import ModelConfig, build_model
+from fishr.models.card import ModelCard, card_as_markdown
+from fishr.training.evaluation import evaluate
 
 INPUTS = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 20.0]])
 BATCH = DomainBatch(INPUTS, torch.tensor([0, 1, 1]), (2, 1))
@@ -112,3 +115,44 @@ def test_settings_that_cannot_be() -> None:
 
 def test_arm_takes_small_batches_of_images() -> None:
     assert [ARM.Config.default(kind).batch_size for kind in ("vectors", "small_images", "images")] == [64, 64, 8]
+
+
+@pytest.mark.parametrize("featurizer", ["mean-embedding", "context"])
+def test_what_lies_inside_sees_each_sample_alone(featurizer: str) -> None:
+    inside = {"featurizer": "context", "options": {"featurizer": "mlp", "options": {}}}
+    with pytest.raises(ConfigError, match="the featurizer inside must see each sample alone, got 'context'"):
+        build_model(ModelConfig(featurizer, inside), (6,), 3)
+
+
+def test_the_card_names_the_network_inside() -> None:
+    model = ModelConfig("mean-embedding", {"featurizer": "mlp"})
+    card = ModelCard(model, (6,), ("a", "b"), binary=False)
+    assert card.depends_on_batch
+    assert "| network | mean-embedding around mlp, not pre-trained |" in card_as_markdown(card)
+    assert not ModelCard(ModelConfig("mlp"), (6,), ("a", "b"), binary=False).depends_on_batch
+
+
+def test_data_that_lie_class_by_class_are_evaluated_in_another_order() -> None:
+    order = evaluation_order(mtl(1.0).featurizer, 100)
+    assert sorted(order.tolist()) == list(range(100))
+    assert 20 < (order[:50] < 50).sum() < 30
+    assert torch.equal(order, evaluation_order(mtl(1.0).featurizer, 100))
+    assert evaluation_order(nn.Identity(), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_of_one_class_is_not_what_accuracy_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head tells classes by where a sample lies against the mean of its batch."""
+    algorithm = mtl(1.0)
+    with torch.no_grad():
+        algorithm.classifier.weight.copy_(torch.tensor([[-1.0, 0, 1, 0], [1, 0, -1, 0]]))
+        algorithm.classifier.bias.zero_()
+    inputs = torch.tensor([[1.0, 0.0]] * 100 + [[2.0, 0.0]] * 100)
+    samples = Samples(inputs, torch.tensor([0] * 100 + [1] * 100))
+    monkeypatch.setattr("fishr.training.evaluation.BATCH_SIZE", 50)
+    assert evaluate(algorithm, samples, torch.device("cpu")).accuracy == 1.0
+
+
+def test_initial_weights_are_those_of_the_backbone_inside() -> None:
+    config = backbone_config("test_resnet", weights=None)
+    with pytest.raises(ConfigError, match=r"weights must be 'hub:<id>' or 'sha256:<digest>', got 'none'"):
+        load_initial_weights(ContextFeaturizer((3, 32, 32), "timm", config.options), "none", None)

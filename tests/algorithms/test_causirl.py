@@ -120,7 +120,7 @@ def test_hyperparameters(cls: type[CausIRLCORAL | CausIRLMMD]) -> None:
     config = cls.Config()
     assert (config.penalty_weight, config.switch_on_step(None)) == (1, 0)
     assert cls.Config.space("images")["penalty_weight"] == LogUniform(0.1, 10.0)
-    with pytest.raises(ConfigError, match=r"^batch_size must be at least 2: one sample cannot be cut in two$"):
+    with pytest.raises(ConfigError, match=r"^batch_size must be at least 2, or null for all samples, got 1$"):
         cls.Config(batch_size=1)
     with pytest.raises(ConfigError, match=f"{cls.__name__} compares domains and needs at least 2 to train on, got 1"):
         cls(nn.Identity(), nn.Linear(2, 2), 1)

@@ -78,7 +78,7 @@ def test_fishr_by_hand(described: dict[str, Description]) -> None:
     first, _, rest = fishr.text.partition("\n\n")
     assert first == "objective = 1/n Σ_i ℓ_i + λ · 1/|E| Σ_e ‖v_e − v̄‖² (scaled as reduction says)"  # noqa: RUF001
     assert rest.startswith("with v_e the variance over the samples of domain e of the head's gradient, ")
-    assert "closed form by\nfishr.nn.FishrPenalty. The moving" in rest
+    assert "closed form by\nfishr.nn.FishrPenalty, v̄ the mean over domains." in rest
     assert fishr.reference == str(ALGORITHMS["fishr"].reference)
     own = ["penalty_weight", "strength", "switch_on", "weight_before", "rescale", "reset_optimizer"]
     own += ["ema", "reduction", "variant"]
@@ -182,20 +182,23 @@ def test_a_docstring_is_not_that_of_the_base() -> None:
     assert (description.title, description.idea, description.text) == ("ERM", "", "")
 
 
-class WithoutTitle(Algorithm):
+class Untitled(Algorithm):
     """It minimises nothing."""
 
     reference = Reference("Doe", "On nothing", 1999)
 
 
-class WithoutBoth(Algorithm):
+class WithoutReference(Algorithm):
     """It minimises nothing."""
 
 
-@pytest.mark.parametrize(("cls", "missing"), [(WithoutTitle, "title"), (WithoutBoth, "title and no reference")])
-def test_what_does_not_describe_itself(cls: type[Algorithm], missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf":{cls.__name__}' does not describe itself: it has no {missing}$"):
-        describe(f"{__name__}:{cls.__name__}")
+def test_the_title_is_the_name_of_the_class_where_none_is_given() -> None:
+    assert describe(f"{__name__}:Untitled").title == "Untitled"
+
+
+def test_what_does_not_say_where_it_comes_from() -> None:
+    with pytest.raises(ConfigError, match=r":WithoutReference' does not describe itself: it has no reference$"):
+        describe(f"{__name__}:WithoutReference")
 
 
 def test_an_unknown_name() -> None:

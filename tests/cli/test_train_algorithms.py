@@ -8,6 +8,7 @@ import pytest
 from fishr.algorithms import ALGORITHMS
 from fishr.cli import main
 from fishr.models import load_model
+from fishr.records import read_records
 
 TRAIN = ("train", "--data", "colored-digits", "--subset", "40", "--steps", "12", "--batch-size", "16", "--quiet")
 
@@ -16,11 +17,13 @@ TRAIN = ("train", "--data", "colored-digits", "--subset", "40", "--steps", "12",
 def test_every_algorithm_trains_on_colored_digits(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Twelve steps: past every switch-on."""
+    """Twelve steps: past every switch-on, so that a penalty, if there is one, has its weight at the end."""
     assert main([*TRAIN, "--algorithm", name, "--output", str(tmp_path / "run"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["step"] == 12
     assert set(printed["accuracy"]) == {"+80%", "+90%", "-90%", "gray"}
+    *_, last = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert last.losses.get("penalty_weight", 1.0) > 0
     assert load_model(tmp_path / "run").card.provenance["config"]["algorithm"] == name
 
 

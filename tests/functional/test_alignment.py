@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishr.functional.alignment import KERNEL_WIDTHS, maximum_mean_discrepancy, mean_over_pairs, moment_distance
+from fishr.functional.alignment import KERNEL_GAMMAS, maximum_mean_discrepancy, mean_over_pairs, moment_distance
 from oracles import relative_error
 
 
@@ -38,7 +38,7 @@ def slow_moment_distance(first: Tensor, second: Tensor) -> float:
 def slow_discrepancy(first: Tensor, second: Tensor) -> float:
     def mean_kernel(a: Tensor, b: Tensor) -> float:
         values = [
-            sum(math.exp(-width * float((x - y).square().sum())) for width in KERNEL_WIDTHS) for x in a for y in b
+            sum(math.exp(-gamma * float((x - y).square().sum())) for gamma in KERNEL_GAMMAS) for x in a for y in b
         ]
         return sum(values) / len(values)
 

@@ -17,6 +17,9 @@ from fishr.space import Choice, Distribution
 class ARMConfig(AlgorithmConfig):
     """Hyperparameters of ARM; on images batches are of 8."""
 
+    def least_batch_size(self) -> int:
+        return 2  # the context network normalises over the batch
+
     @classmethod
     def default(cls, kind: Kind) -> Self:
         defaults = super().default(kind)
@@ -34,8 +37,8 @@ class ARM(Algorithm):
     objective = 1/n Σ_i ℓ(f(x_i ⊕ c_e), y_i), c_e = mean over the batch's samples of domain e of the context network
 
     x_i ⊕ c_e joins the input of sample i of domain e and its domain's context: one more channel of an image
-    (:class:`fishr.models.batch_context.ContextFeaturizer`). Network and context network are trained together, on what
-    they do after having adapted (the paper's ARM-CML).
+    (:class:`fishr.models.batch_context.ContextFeaturizer`). Domains go through the network one by one. Network and
+    context network are trained together, on what they do after having adapted (the paper's ARM-CML).
 
     The prediction depends on the batch: the context is that of the samples at hand, which are taken to come from one
     domain. For a sample alone it is that sample's own.

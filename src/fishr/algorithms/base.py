@@ -104,13 +104,19 @@ class AlgorithmConfig:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def least_batch_size(self) -> int:
+        """Samples of each domain that a batch must have."""
+        return 1
+
     def problems(self) -> list[str]:
         """What is wrong with values of the right types, one phrase each; subclasses add to it."""
         problems = []
         if self.lr <= 0:
             problems.append(f"lr must be above 0, got {self.lr}")
-        if self.batch_size is not None and self.batch_size < 1:
-            problems.append(f"batch_size must be at least 1, or null for all samples, got {self.batch_size}")
+        if self.batch_size is not None and self.batch_size < self.least_batch_size():
+            problems.append(
+                f"batch_size must be at least {self.least_batch_size()}, or null for all samples, got {self.batch_size}"
+            )
         problems += [
             f"{name} must be at least 0, got {getattr(self, name)}"
             for name in ("weight_decay", "l2")
@@ -172,6 +178,10 @@ class Losses:
     total: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
+    def detached(self) -> "Losses":
+        """The values alone, without the graphs that keep a step's activations alive."""
+        return Losses(self.total.detach(), {name: value.detach() for name, value in self.terms.items()})
+
 
 class Algorithm(nn.Module):
     """A way to train a featurizer and a linear head on several domains.
@@ -189,7 +199,7 @@ class Algorithm(nn.Module):
         steps: Length of the run, needed by schedules that are shares of it.
 
     Attributes:
-        title: Its customary name.
+        title: Its customary name; default: the name of the class.
         reference: Where it was published.
         min_domains: Training domains that it needs.
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
@@ -198,7 +208,7 @@ class Algorithm(nn.Module):
     """
 
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
-    title: ClassVar[str]
+    title: ClassVar[str] = ""
     reference: ClassVar[Reference]
     min_domains: ClassVar[int] = 1
     switch_on_step: int = 0
@@ -235,6 +245,10 @@ class Algorithm(nn.Module):
     def model_config(cls, model: ModelConfig) -> ModelConfig:
         """The network that the algorithm trains where ``model`` is asked for."""
         return model
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.title = cls.title or cls.__name__
 
     def setup(self) -> None:
         """Make modules and state of the algorithm's own; the last thing that construction does."""

@@ -38,5 +38,7 @@ class CDANN(DANN):
         return features + embedded
 
     def sample_weights(self, targets: Tensor) -> Tensor:
-        counts = torch.bincount(targets)
-        return 1 / (counts[targets] * len(counts))
+        # Not bincount, whose length would make an accelerator's host wait.
+        counts = targets.new_zeros(self.class_embeddings.num_embeddings)
+        counts = counts.scatter_add(0, targets, torch.ones_like(targets))
+        return 1 / (counts[targets] * (targets.max() + 1))

@@ -18,11 +18,8 @@ class CORALConfig(PenalizedConfig):
     penalty_weight: float = 1.0
     switch_on: int | float = 0
 
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if self.batch_size == 1:
-            problems.append("batch_size must be at least 2: one sample has no covariance")
-        return problems
+    def least_batch_size(self) -> int:
+        return 2  # one sample has no covariance
 
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:

@@ -122,12 +122,13 @@ class DANN(Algorithm):
         }
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
-        features = self.features(batch.inputs).to(self.classifier.weight.dtype)
-        risk = self.sample_losses(self.logits(features), batch.targets).mean()
         turns = self.config.discriminator_steps
         trains_discriminator = (step + 1) % (1 + turns) < turns
-        if trains_discriminator:
-            features = features.detach().requires_grad_()  # for the gradient penalty
+        with torch.set_grad_enabled(not trains_discriminator):
+            features = self.features(batch.inputs).to(self.classifier.weight.dtype)
+            risk = self.sample_losses(self.logits(features), batch.targets).mean()
+        if not features.requires_grad:  # the gradient penalty is that with respect to them
+            features = features.detach().requires_grad_()
         discriminator_loss = self.discriminator_loss(features, batch)
         if trains_discriminator:
             total, optimizer = discriminator_loss, optimizers["discriminator"]

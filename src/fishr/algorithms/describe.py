@@ -64,11 +64,11 @@ def describe(name: str) -> Description:
     """Describe the algorithm of that name.
 
     Raises:
-        ConfigError: there is none, or it does not say its title and reference.
+        ConfigError: there is none, or it does not say its reference.
     """
     algorithm = ALGORITHMS[name]
-    if missing := [attribute for attribute in ("title", "reference") if not hasattr(algorithm, attribute)]:
-        raise ConfigError(f"algorithm {name!r} does not describe itself: it has no {' and no '.join(missing)}")
+    if not hasattr(algorithm, "reference"):
+        raise ConfigError(f"algorithm {name!r} does not describe itself: it has no reference")
     idea, _, text = inspect.cleandoc(algorithm.__doc__ or "").partition("\n\n")
     return Description(
         name,

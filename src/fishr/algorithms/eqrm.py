@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses, Reference
-from fishr.algorithms.penalized import step_of
+from fishr.algorithms.penalized import step_of, warn_if_never
 from fishr.data.base import DomainBatch, Kind
 from fishr.space import Distribution, LogUniform, Uniform
 
@@ -49,7 +49,7 @@ class EQRMConfig(AlgorithmConfig):
 
 
 class EQRM(Algorithm):
-    """Minimise the α-quantile of risk over domains, below which that of a new domain lies with probability α.
+    """Minimise the α-quantile of risk over domains: that of a new domain is lower with probability α.
 
     objective = F⁻¹(α), F the distribution of the risk over domains: a Gaussian kernel density of R_1, ..., R_|E|
 
@@ -72,6 +72,7 @@ class EQRM(Algorithm):
 
     def setup(self) -> None:
         self.switch_on_step = step_of("burn_in", self.config.burn_in, self.steps)
+        warn_if_never("EQRM's objective", "burn_in", self.config.burn_in, self.switch_on_step, self.steps)
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         risks = self.domain_risks(self(batch.inputs), batch)

@@ -38,7 +38,8 @@ class Fish(Algorithm):
     weights ← weights + ε (stepped − weights), stepped = weights after one Adam step on R_1, then R_2, ..., R_|E|
 
     Going through the domains one after the other, in expectation over their order, favours directions in which the
-    gradients of all of them point alike (the paper's theorem 3.1). The state of Adam is kept from step to step.
+    gradients of all of them point alike (the paper's theorem 3.1). The state of Adam is kept from step to step. Running
+    statistics of batch-norm layers go the same share of their way.
     """
 
     title = "Fish"
@@ -54,7 +55,8 @@ class Fish(Algorithm):
     config: FishConfig
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
-        weights = self.network_parameters
+        statistics = [buffer for buffer in self.featurizer.buffers() if buffer.is_floating_point()]
+        weights = [*self.network_parameters, *statistics]
         before = [weight.detach().clone() for weight in weights]
         risks, totals = [], []
         for inputs, targets in zip(batch.split(batch.inputs), batch.split(batch.targets), strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fishr.algorithms.base import Reference
-from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
+from fishr.algorithms.penalized import SWITCH_ON, PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.space import Distribution, LogUniform
 
@@ -18,17 +18,14 @@ class IBERMConfig(PenalizedConfig):
     penalty_weight: float = 100.0
     switch_on: int | float = 0.1
 
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if self.batch_size == 1:
-            problems.append("batch_size must be at least 2: one sample has no variance")
-        return problems
+    def least_batch_size(self) -> int:
+        return 2  # one sample has no variance
 
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {
             "penalty_weight": LogUniform(1e-1, 1e5),
-            "switch_on": LogUniform(1 / 5000, 10_000 / 5000),
+            "switch_on": SWITCH_ON,
         }
 
 

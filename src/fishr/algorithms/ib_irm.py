@@ -7,7 +7,7 @@ from torch import Tensor
 from fishr.algorithms.base import Losses
 from fishr.algorithms.ib_erm import IBERM, feature_variance
 from fishr.algorithms.irm import IRM, IRMConfig
-from fishr.algorithms.penalized import step_of
+from fishr.algorithms.penalized import SWITCH_ON, step_of, warn_if_never
 from fishr.data.base import DomainBatch, Kind
 from fishr.nn.gradient_balance import GradientBalance
 from fishr.space import Distribution, LogUniform
@@ -26,18 +26,24 @@ class IBIRMConfig(IRMConfig):
     ib_weight: float = 100.0
     ib_switch_on: int | float = 0.1
 
+    def least_batch_size(self) -> int:
+        return 2  # one sample has no variance
+
     def problems(self) -> list[str]:
-        return super().problems() + [
+        problems = super().problems() + [
             f"{name} must be at least 0, got {getattr(self, name)}"
             for name in ("ib_weight", "ib_switch_on")
             if getattr(self, name) < 0
         ]
+        if self.rescale:
+            problems.append("rescale divides by the one weight of a penalty, and IB-IRM has two: leave it false")
+        return problems
 
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {
             "ib_weight": LogUniform(1e-1, 1e5),
-            "ib_switch_on": LogUniform(1 / 5000, 10_000 / 5000),
+            "ib_switch_on": SWITCH_ON,
         }
 
 
@@ -58,6 +64,8 @@ class IBIRM(IRM):
         super().setup()
         self.ib_switch_on_step = max(step_of("ib_switch_on", self.config.ib_switch_on, self.steps), self.ramp)
         self.reset_steps.add(self.ib_switch_on_step)
+        self.switch_on_step = max(self.penalty_from, self.ib_switch_on_step)
+        warn_if_never("the bottleneck", "ib_switch_on", self.config.ib_switch_on, self.ib_switch_on_step, self.steps)
         self.ib_balance = None if self.config.strength is None else GradientBalance(self.config.strength)
 
     def losses_of(self, features: Tensor, batch: DomainBatch, step: int) -> Losses:

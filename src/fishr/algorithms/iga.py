@@ -29,7 +29,8 @@ class IGA(PenalizedAlgorithm):
     objective = 1/|E| Σ_e R_e + λ · Σ_e ‖∇R_e − ḡ‖², ḡ = 1/|E| Σ_e ∇R_e
 
     Gradients are with respect to all weights of featurizer and head; ḡ counts as a constant. Its own gradient takes a
-    second backward pass, through the first.
+    second backward pass, through the first. ``strength`` is measured where it always is, at the features; this penalty
+    reaches the weights also by paths that do not lead through them.
     """
 
     title = "IGA"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fishr.algorithms.base import Reference
-from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
+from fishr.algorithms.penalized import SWITCH_ON, PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.residuals import loss_residuals
 from fishr.space import Distribution, LogUniform
@@ -28,17 +28,14 @@ class IRMConfig(PenalizedConfig):
     weight_before: float = 1.0
     estimator: Literal["split", "full"] = "split"
 
-    def problems(self) -> list[str]:
-        problems = super().problems()
-        if self.estimator == "split" and self.batch_size == 1:
-            problems.append("estimator 'split' needs a batch_size of at least 2: it halves each domain's batch")
-        return problems
+    def least_batch_size(self) -> int:
+        return 2 if self.estimator == "split" else 1
 
     @classmethod
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {
             "penalty_weight": LogUniform(1e-1, 1e5),
-            "switch_on": LogUniform(1 / 5000, 10_000 / 5000),
+            "switch_on": SWITCH_ON,
         }
 
 

@@ -29,7 +29,7 @@ class MMD(PenalizedAlgorithm):
     objective = 1/|E| Σ_e R_e + λ · mean over pairs of domains of MMD²(a, b)
 
     MMD²(a, b) = mean k(x, x') + mean k(y, y') − 2 mean k(x, y), with x from domain a, y from b, and k a sum of Gaussian
-    kernels from narrow to wide (:func:`fishr.functional.alignment.maximum_mean_discrepancy`): it is zero only where the
+    kernels from wide to narrow (:func:`fishr.functional.alignment.maximum_mean_discrepancy`): it is zero only where the
     distributions are the same. The published method has an adversarial autoencoder besides, which is left out, as in
     DomainBed.
     """

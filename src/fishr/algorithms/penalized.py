@@ -13,6 +13,7 @@ from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses
 from fishr.data.base import DomainBatch, Kind
 from fishr.errors import ConfigError
 from fishr.nn.gradient_balance import GradientBalance
+from fishr.space import LogUniform
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ RECOMMENDED_STRENGTH = 0.5
 
 RAMP = 0.05
 """Share of a run over which gradients are measured before a penalty is switched on, and over which λ then grows."""
+
+SWITCH_ON = LogUniform(1 / 5000, 10_000 / 5000)
+"""DomainBed's search space of switch-on steps, 1 to 10,000, as a share of its 5,000."""
 
 UNKNOWN_RAMP = 50
 """The same in steps, where the length of the run is not known."""
@@ -102,8 +106,18 @@ def step_of(name: str, value: int | float, steps: int | None) -> int:
     return math.floor(value * steps + 0.5)
 
 
+def warn_if_never(what: str, name: str, value: int | float, step: int, steps: int | None) -> None:
+    """Warn of a step that a run of ``steps`` steps does not reach."""
+    if steps is not None and step >= steps:
+        logger.warning("%s never switches on: %s=%s is step %d of a run of %d steps", what, name, value, step, steps)
+
+
 class PenalizedAlgorithm(Algorithm):
-    """risk + weight(step) · penalty; a subclass defines :meth:`risk_and_penalty`."""
+    """risk + weight(step) · penalty; a subclass defines :meth:`risk_and_penalty`.
+
+    Attributes:
+        penalty_from: The first step at which the penalty has its weight.
+    """
 
     Config: ClassVar[type[AlgorithmConfig]] = PenalizedConfig
     config: PenalizedConfig
@@ -111,16 +125,11 @@ class PenalizedAlgorithm(Algorithm):
     reset_steps: set[int]
 
     def setup(self) -> None:
-        self.switch_on_step, self.ramp = self.config.switch_on_step(self.steps), self.config.ramp(self.steps)
-        self.reset_steps = {self.switch_on_step}
+        self.penalty_from, self.ramp = self.config.switch_on_step(self.steps), self.config.ramp(self.steps)
+        self.switch_on_step = self.penalty_from
+        self.reset_steps = {self.penalty_from}
         self.balance = None if self.config.strength is None else GradientBalance(self.config.strength)
-        if self.steps is not None and self.switch_on_step >= self.steps:
-            logger.warning(
-                "the penalty never switches on: switch_on=%s is step %d of a run of %d steps",
-                self.config.switch_on,
-                self.switch_on_step,
-                self.steps,
-            )
+        warn_if_never("the penalty", "switch_on", self.config.switch_on, self.penalty_from, self.steps)
 
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
         """The risk to minimise and the penalty, unweighted, of a batch with these features ``[sample, feature]``."""
@@ -134,7 +143,7 @@ class PenalizedAlgorithm(Algorithm):
 
     def losses_of(self, features: Tensor, batch: DomainBatch, step: int) -> Losses:
         """The losses of a batch with these features."""
-        balance = self.balance if step >= self.switch_on_step - self.ramp else None
+        balance = self.balance if step >= self.penalty_from - self.ramp else None
         risk, penalty = self.risk_and_penalty(features, batch)
         if balance:
             balance.observe(features, risk, penalty)
@@ -150,11 +159,11 @@ class PenalizedAlgorithm(Algorithm):
     def weight(self, step: int) -> Tensor | float:
         """The weight of the penalty at a step."""
         before = self.config.weight_before
-        if step < self.switch_on_step:
+        if step < self.penalty_from:
             return before
         if self.balance is None:
             return self.config.penalty_weight
-        return before + self.ramped(step, self.switch_on_step) * (self.balance.weight() - before)
+        return before + self.ramped(step, self.penalty_from) * (self.balance.weight() - before)
 
     def ramped(self, step: int, switch_on_step: int) -> float:
         """Share of its weight that a penalty has reached on the ramp from its switch-on step."""

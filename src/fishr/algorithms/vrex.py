@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fishr.algorithms.base import Reference
-from fishr.algorithms.penalized import PenalizedAlgorithm, PenalizedConfig
+from fishr.algorithms.penalized import SWITCH_ON, PenalizedAlgorithm, PenalizedConfig
 from fishr.data.base import DomainBatch, Kind
 from fishr.functional.penalty import Reduction
 from fishr.space import Distribution, LogUniform
@@ -29,7 +29,7 @@ class VRExConfig(PenalizedConfig):
     def space(cls, kind: Kind) -> dict[str, Distribution]:
         return super().space(kind) | {
             "penalty_weight": LogUniform(1e-1, 1e5),
-            "switch_on": LogUniform(1 / 5000, 10_000 / 5000),
+            "switch_on": SWITCH_ON,
         }
 
 

@@ -18,8 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # half its time on page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     warnings_to_stderr()
-    if "" not in sys.path:
-        sys.path.append("")  # package.module:Name may lie in the working directory; last, so that it hides nothing
     try:
         return call(spread_values(sys.argv[1:] if arguments is None else arguments))
     except RunInterruptedError as error:

@@ -80,7 +80,7 @@ def export(
 
 def _examples(card: "ModelCard", images: list[Path], data_root: Path | None) -> "Tensor":
     """What to compare on: the images named, else samples of the dataset that the model was trained on."""
-    from fishr.data import DATASETS
+    from fishr.data import is_dataset_name
     from fishr.deploy.evaluate import load_data_for
     from fishr.deploy.export import example_images, example_inputs
 
@@ -89,7 +89,7 @@ def _examples(card: "ModelCard", images: list[Path], data_root: Path | None) -> 
     if images:
         raise ConfigError("the model takes no image files: leave --images out, and its own data are used")
     data = card.provenance.get("config", {}).get("data")
-    if data not in DATASETS:
+    if data is None or not is_dataset_name(data):
         if card.image_format is not None:
             raise ConfigError("name real images to compare the export on: --images FILES or --images FOLDER")
         raise ConfigError(

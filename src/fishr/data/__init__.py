@@ -20,7 +20,7 @@ from fishr.data.listing import existing_path
 from fishr.data.rotated import rotated_mnist
 from fishr.data.sampling import BatchSampler, split_dataset, split_indices
 from fishr.errors import ConfigError
-from fishr.registry import Registry
+from fishr.registry import MODULE_AND_NAME, Registry
 
 DatasetFactory = Callable[..., MultiDomainDataset]
 """``(root: Path | None, seed: int, subset: int | None, ...options of its own, by keyword)`` to a dataset."""
@@ -66,7 +66,10 @@ def load_dataset(
     """
     name = os.fspath(name)
     factory = _factory_of(name, None if root is None else Path(root))
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        raise ConfigError(f"dataset {name!r} is no factory that takes (root, seed=, subset=)") from None
     known = [option for option in parameters if option not in ("seed", "subset")]
     unknown_options = [option for option in options if option not in known]
     if unknown_options:
@@ -77,8 +80,17 @@ def load_dataset(
             f"options it takes: {', '.join(known) or 'none'}"
         )
     dataset = factory(seed=seed, subset=subset, **options)
+    if not isinstance(dataset, MultiDomainDataset):
+        raise ConfigError(f"the factory of dataset {name!r} returns no MultiDomainDataset, but {dataset!r}")
     given = {"seed": seed, "subset": subset, **options}
-    return replace(dataset, options=dataset.options or given, published=name in _PUBLISHED)
+    dataset = replace(dataset, options=dataset.options or given, published=name in _PUBLISHED)
+    # What another package calls its data need not be unique: runs name it as it was asked for.
+    return replace(dataset, name=name) if is_dataset_name(name) and name not in _PUBLISHED else dataset
+
+
+def is_dataset_name(name: str) -> bool:
+    """Whether :func:`load_dataset` takes this for the name of a dataset, not for a path."""
+    return name in DATASETS or (MODULE_AND_NAME.fullmatch(name) is not None and existing_path(name) is None)
 
 
 def _factory_of(name: str, root: Path | None) -> Callable[..., MultiDomainDataset]:
@@ -99,6 +111,7 @@ __all__ = [
     "DomainBatch",
     "MultiDomainDataset",
     "Samples",
+    "is_dataset_name",
     "load_dataset",
     "split_dataset",
     "split_indices",

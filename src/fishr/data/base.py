@@ -188,7 +188,8 @@ class MultiDomainDataset:
         if len(self.trainable_domains) < 2:
             raise DataError(
                 f"dataset {self.name!r} has {len(self.trainable_domains)} domain to train on or hold out "
-                f"({', '.join(self.trainable_domains) or 'evaluation-only ones alone'}); at least 2 are needed: data from two or more places, cameras or customers"
+                f"({', '.join(self.trainable_domains) or 'all are for evaluation only'}); at least 2 are needed: data "
+                "from two or more places, cameras or customers"
             )
         for name in names:
             if name not in self.trainable_domains:

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fishr.data import DATASETS, MultiDomainDataset, load_dataset
+from fishr.data import MultiDomainDataset, is_dataset_name, load_dataset
 from fishr.data.cache import Progress
 from fishr.data.image_dataset import BENCHMARK_DATASETS
 from fishr.devices import torch_device
 from fishr.errors import ConfigError, DataError, InputError
+from fishr.models.batch_context import evaluation_order
 from fishr.models.card import ModelCard
 from fishr.models.saved import SavedModel
 from fishr.registry import unknown
@@ -100,7 +101,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluate a model on all samples of every domain of a dataset.
 
-    Classes are matched by name; the data may lack some of the model's. A batch holds samples of one domain.
+    Classes are matched by name; the data may lack some of the model's. A batch holds samples of one domain, in a random
+    order where predictions depend on it.
 
     Args:
         model: The model; it is moved to the device and put into ``eval()`` mode.
@@ -129,8 +131,7 @@ def evaluate_model(
     domains = {}
     for name, samples in dataset.domains.items():
         confidences, predictions = np.empty(len(samples.targets)), np.empty(len(samples.targets), np.int64)
-        for start in range(0, len(samples.targets), batch_size):
-            batch = slice(start, start + batch_size)
+        for batch in torch.split(evaluation_order(model.featurizer, len(samples.targets)), batch_size):
             confidences[batch], predictions[batch] = _predict(model, samples.inputs[batch])
             if not np.isfinite(confidences[batch]).all():
                 raise DataError(
@@ -198,7 +199,7 @@ def load_data_for(
         DataError: data that cannot be used, or images for a model that does not take images.
     """
     options: dict[str, Any] = {}
-    is_known = data in DATASETS
+    is_known = is_dataset_name(data)
     if data in BENCHMARK_DATASETS or (not is_known and Path(data).exists()):
         if card.image_format is None:
             raise DataError(

@@ -83,7 +83,6 @@ def export_onnx(model: SavedModel, file: Path, images: Tensor) -> ExportReport:
         DataError: inputs that do not fit the model, or probabilities that are not finite.
         FishrError: the exported model differs from the original.
     """
-    _check_installed()
     card = model.card
     if card.depends_on_batch:
         raise ConfigError(
@@ -91,6 +90,7 @@ def export_onnx(model: SavedModel, file: Path, images: Tensor) -> ExportReport:
             "on the others there, and an exported model would answer differently with every batch size; use 'fishr "
             "predict', or train a model that predicts each sample by itself"
         )
+    _check_installed()
     if file.is_dir():
         raise ConfigError(f"{file} is a folder: name the file to write, such as {file / 'model.onnx'}")
     if len(images) == 0 or tuple(images.shape[1:]) != card.input_shape:

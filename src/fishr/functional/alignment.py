@@ -11,7 +11,8 @@ from torch import Tensor
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
-KERNEL_WIDTHS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+KERNEL_GAMMAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+"""Of the Gaussian kernels exp(-gamma · d²), from the widest to the narrowest."""
 
 
 def mean_over_pairs(distance: Distance, parts: Sequence[Tensor]) -> Tensor:
@@ -52,7 +53,7 @@ def maximum_mean_discrepancy(first: Tensor, second: Tensor) -> Tensor:
 
         mean k(x, x') + mean k(y, y') − 2 mean k(x, y), k(a, b) = Σ_γ exp(−γ ‖a − b‖²)
 
-    with γ in :data:`KERNEL_WIDTHS`; means run over all pairs, those of a sample with itself included (Gretton and
+    with γ in :data:`KERNEL_GAMMAS`; means run over all pairs, those of a sample with itself included (Gretton and
     others, JMLR 2012, equation 5).
 
     Args:
@@ -70,7 +71,7 @@ def _kernel(first: Tensor, second: Tensor) -> Tensor:
     """K of all pairs, ``[sample of first, sample of second]``."""
     squares = first.square().sum(1, keepdim=True) + second.square().sum(1)
     distances = (squares - 2 * first @ second.T).clamp_min(1e-30)  # not 0: no gradient where rounding made it negative
-    return torch.stack([torch.exp(-width * distances) for width in KERNEL_WIDTHS]).sum(0)
+    return torch.stack([torch.exp(-gamma * distances) for gamma in KERNEL_GAMMAS]).sum(0)
 
 
 def _widened(features: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ def hessian_distance(features: Tensor, logits: Tensor, sizes: Sequence[int], *, 
 
     Both cancel, the first where domains are nearly aligned and the second where predictions are nearly certain, so K is
     computed in float64 (float32 on mps, which has no other). K has an entry for each pair of samples; where the head
-    has no more weights than there are samples, the Hessians themselves are smaller and are compared directly (Chen and
-    others, arXiv 2506.07378, derive the closed form).
+    has no more weights than there are samples, the Hessians are smaller than that and are compared block by block
+    (Chen and others, arXiv 2506.07378, derive the closed form).
 
     Args:
         features: ``[sample, feature]``, the input of the head.
@@ -150,12 +150,16 @@ def hessian_distance(features: Tensor, logits: Tensor, sizes: Sequence[int], *, 
 
 
 def _direct_distance(h: Tensor, p: Tensor, sizes: Sequence[int]) -> Tensor:
-    """From the Hessians, as ``[domain, class · class · feature, feature]``."""
-    curvatures = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-    rows = (curvatures.flatten(1).unsqueeze(2) * h.unsqueeze(1)).flatten(1)
-    parts = zip(_split(rows, sizes), _split(h, sizes), strict=True)
-    hessians = torch.stack([rows_e.T @ h_e / len(h_e) for rows_e, h_e in parts])
-    return (hessians - hessians.mean(0)).square().sum((1, 2)).mean()
+    """From the Hessians' blocks, one pair of classes after the other: ``[domain, feature, feature]``."""
+    distances = []
+    for first in range(p.shape[1]):
+        for second in range(first, p.shape[1]):
+            curvature = p[:, first] * (float(first == second) - p[:, second])
+            parts = zip(_split(h * curvature.unsqueeze(1), sizes), _split(h, sizes), strict=True)
+            blocks = torch.stack([weighted_e.T @ h_e / len(h_e) for weighted_e, h_e in parts])
+            distance = (blocks - blocks.mean(0)).square().sum() / len(sizes)
+            distances.append(distance if first == second else 2 * distance)
+    return torch.stack(distances).sum()
 
 
 def _pairwise_distance(h: Tensor, p: Tensor, sizes: Sequence[int]) -> Tensor:

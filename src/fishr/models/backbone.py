@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishr.errors import ConfigError, DataError
+from fishr.models.batch_context import BatchDependent
 from fishr.models.build import ModelConfig
 from fishr.registry import unknown
 
@@ -227,7 +228,8 @@ def load_initial_weights(featurizer: nn.Module, weights: str, file: Path | None)
         DataError: weights that are neither in Hugging Face's cache nor can be downloaded, or a file that cannot be
             read.
     """
-    featurizer = getattr(featurizer, "inner", featurizer)
+    if isinstance(featurizer, BatchDependent):
+        featurizer = featurizer.inner
     if not isinstance(featurizer, Backbone):
         raise ConfigError(f"initial weights are for backbones of timm, got a {type(featurizer).__name__}")
     source, _, identity = weights.partition(":")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishr.errors import ConfigError
 from fishr.models.build import FEATURIZERS
 
 CONTEXT_WIDTH = 64
@@ -27,6 +28,17 @@ class BatchDependent(nn.Module):
     num_features: int
 
 
+def evaluation_order(featurizer: nn.Module, num_samples: int) -> Tensor:
+    """The order in which samples of one domain are evaluated, indices int64 ``[sample]``.
+
+    It is random, and always the same, where the featurizer sees the batch: data often lie class by class, and a batch
+    of one class says little about its domain.
+    """
+    if isinstance(featurizer, BatchDependent):
+        return torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    return torch.arange(num_samples)
+
+
 class MeanEmbedding(BatchDependent):
     """The features of a featurizer, joined by their mean over the batch.
 
@@ -38,7 +50,7 @@ class MeanEmbedding(BatchDependent):
 
     def __init__(self, input_shape: tuple[int, ...], featurizer: str, options: Mapping[str, Any] = {}) -> None:
         super().__init__()
-        self.inner = FEATURIZERS[featurizer](input_shape, **options)
+        self.inner = _inner(input_shape, featurizer, options)
         self.num_features = 2 * self.inner.num_features  # type: ignore[operator,assignment]
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -95,7 +107,7 @@ class ContextFeaturizer(BatchDependent):
             joined_shape = (2 * input_shape[0], *input_shape[1:])
         # A backbone normalises its input channel by channel; the context is taken as it is.
         unchanged = {name: [*options[name], value] for name, value in (("mean", 0.0), ("std", 1.0)) if name in options}
-        self.inner = FEATURIZERS[featurizer](joined_shape, **{**options, **unchanged})
+        self.inner = _inner(joined_shape, featurizer, {**options, **unchanged})
         self.num_features = self.inner.num_features  # type: ignore[assignment]
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -103,6 +115,13 @@ class ContextFeaturizer(BatchDependent):
         context = self.context(inputs).mean(0)
         features: Tensor = self.inner(torch.cat([inputs, context.expand(len(inputs), *context.shape)], dim=1))
         return features
+
+
+def _inner(input_shape: tuple[int, ...], featurizer: str, options: Mapping[str, Any]) -> nn.Module:
+    inner = FEATURIZERS[featurizer](input_shape, **options)
+    if isinstance(inner, BatchDependent):
+        raise ConfigError(f"the featurizer inside must see each sample alone, got {featurizer!r}")
+    return inner
 
 
 FEATURIZERS.register("mean-embedding", MeanEmbedding)

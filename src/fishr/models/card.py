@@ -116,13 +116,13 @@ def _line(value: object) -> str:
 
 
 def _network(card: ModelCard) -> str:
-    featurizer, options = card.model.featurizer, card.model.options
-    names = []
-    while inside := options.get("featurizer"):
-        names.append(featurizer)
-        featurizer, options = inside, options["options"]
-    names.append(options["name"] if featurizer == "timm" else featurizer)
-    return f"{' around '.join(names)}, {card.model.weights or 'not pre-trained'}"
+    model = card.model
+    around = ""
+    if card.depends_on_batch:
+        around = f"{model.featurizer} around "
+        model = ModelConfig(model.options["featurizer"], model.options.get("options", {}))
+    name = model.options["name"] if model.featurizer == "timm" else model.featurizer
+    return f"{around}{name}, {card.model.weights or 'not pre-trained'}"
 
 
 def _input(card: ModelCard) -> str:

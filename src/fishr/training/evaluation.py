@@ -5,6 +5,7 @@ import torch
 from fishr.algorithms.base import Algorithm
 from fishr.data.base import Samples, network_input
 from fishr.data.images import Images
+from fishr.models.batch_context import evaluation_order
 from fishr.records import Metrics
 
 BATCH_SIZE, IMAGE_BATCH_SIZE = 1024, 64
@@ -17,8 +18,7 @@ def evaluate(algorithm: Algorithm, samples: Samples, device: torch.device) -> Me
     algorithm.eval()
     correct, loss_sum = 0.0, 0.0
     size = IMAGE_BATCH_SIZE if isinstance(samples.inputs, Images) else BATCH_SIZE
-    for start in range(0, len(samples.targets), size):
-        batch = slice(start, start + size)
+    for batch in torch.split(evaluation_order(algorithm.featurizer, len(samples.targets)), size):
         on_device = samples.targets[batch].to(device)
         logits = algorithm(network_input(samples.inputs[batch], device))
         predictions = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)

@@ -42,7 +42,7 @@ from fishr.training.signals import stop_on_signal
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
 
-WARM_UP_STEPS, TIMED_STEPS, TIMED_EVALUATIONS, TIMED_SAMPLES = 2, 7, 3, 256
+WARM_UP_STEPS, TIMED_STEPS, TIMED_EVALUATIONS, TIMED_SAMPLES = 2, 8, 3, 256
 """What is measured to tell how long a run takes."""
 
 _INIT, _STEP = 0x1217, 0x57E9
@@ -221,6 +221,7 @@ class _Run:
         self.splits = _split_all(dataset, config)
         self.train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
         in_splits = [self.splits[name]["in"] for name in self.train_domains]
+        _check_sizes(config, dict(zip(self.train_domains, in_splits, strict=True)))
         self.sampler = BatchSampler(
             in_splits, config.hparams.batch_size, config.seed, class_balanced=config.class_balanced
         )
@@ -263,7 +264,7 @@ class _Run:
             while self.step < config.steps:
                 _seed_torch(config.seed, _STEP, self.step)
                 batch = self.sampler.batch(self.step).to(self.fabric.device)
-                losses = self.algorithm.training_step(batch, self.step, self.optimizers)
+                losses = self.algorithm.training_step(batch, self.step, self.optimizers).detached()
                 self.step += 1
                 if self.average is not None:
                     self.average.update(self.network.state_dict(), self.step)
@@ -289,7 +290,7 @@ class _Run:
                 raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
 
     def seconds_per_step(self) -> float:
-        """Median duration of a few of the last steps."""
+        """Mean duration of a few of the last steps, which may be of several kinds that take turns."""
         durations = []
         for step in range(max(0, self.config.steps - WARM_UP_STEPS - TIMED_STEPS), self.config.steps):
             began = time.perf_counter()
@@ -299,7 +300,7 @@ class _Run:
             if self.average is not None:
                 self.average.update(self.network.state_dict(), step + 1)
             durations.append(time.perf_counter() - began)
-        return median(durations[-TIMED_STEPS:])
+        return fmean(durations[-TIMED_STEPS:])
 
     def seconds_per_checkpoint(self) -> float:
         """Duration of evaluating and saving a checkpoint, the former from that of a few samples."""
@@ -446,7 +447,7 @@ class _LossMonitor:
         """Read the losses not yet seen."""
         for step, losses in self.unseen:
             terms = {"loss": losses.total, **losses.terms}
-            values = torch.stack([value.detach().float() for value in terms.values()]).tolist()
+            values = torch.stack([value.float() for value in terms.values()]).tolist()
             self.last = dict(zip(terms, values, strict=True))
             bad = [f"{name} is {value}" for name, value in self.last.items() if not np.isfinite(value)]
             if bad:
@@ -466,6 +467,16 @@ class _LossMonitor:
         last_good = newest_checkpoint(self.folder.checkpoints)
         kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was saved before"
         return NonFiniteLossError(f"at step {step} {' and '.join(bad)}; {kept}; try a smaller lr or penalty weight")
+
+
+def _check_sizes(config: RunConfig, in_splits: Mapping[str, Samples]) -> None:
+    least = config.hparams.least_batch_size()
+    for name, samples in in_splits.items():
+        if config.hparams.batch_size is None and len(samples.targets) < least:
+            raise ConfigError(
+                f"{config.algorithm} needs {least} samples of each domain in a batch, the in-split of {name!r} has "
+                f"{len(samples.targets)}: hold it out, or give a batch_size, which is drawn with replacement"
+            )
 
 
 def _fabric(device: str, config: RunConfig) -> Fabric:

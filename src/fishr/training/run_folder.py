@@ -38,7 +38,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.config_file = path / "config.json"
         if self.config_file.exists():
-            differences = _read_config(self.config_file).differences(config)
+            differences = _differences(self.config_file, config)
             if differences:
                 raise RunError(
                     f"{path} holds a run with another config ({'; '.join(differences)}): "
@@ -134,12 +134,18 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(".config.json.") or path.name == LOCK
 
 
-def _read_config(path: Path) -> RunConfig:
+def _differences(path: Path, config: RunConfig) -> list[str]:
+    """Settings in which the config in a file is another one.
+
+    The algorithms' names are compared first, as texts: a name may be that of a module, which a file is not to import.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise RunError(f"{path} was written by another version of fishr: choose another --output")
-        return RunConfig.from_dict(content)
+        if content["algorithm"] != config.algorithm:
+            return [f"algorithm: {content['algorithm']} → {config.algorithm}"]
+        return RunConfig.from_dict(content).differences(config)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}): choose another --output") from None
     except RunError:

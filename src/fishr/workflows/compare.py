@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.penalized import RECOMMENDED_STRENGTH
-from fishr.data.base import MultiDomainDataset
+from fishr.data.base import Kind, MultiDomainDataset
 from fishr.errors import ConfigError, NonFiniteLossError, RunError
 from fishr.files import new_folder, write_text
 from fishr.models.build import ModelConfig
@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 
 SelectBy = Literal["training", "leave-one-out"]
 
-FIXED = ("batch_size", "penalty_weight", "switch_on")
-"""Hyperparameters that draws leave as they are: how long a run takes depends on the first, λ is not portable, and when
-it is switched on is a share of the run."""
+FIXED = ("batch_size", "penalty_weight", "ib_weight", "switch_on", "ib_switch_on", "burn_in")
+"""Hyperparameters that draws leave as they are: how long a run takes depends on the first, weights of penalties are not
+portable, and when something is switched on is a share of the run."""
 
 STRENGTHS = LogUniform(RECOMMENDED_STRENGTH / 4, RECOMMENDED_STRENGTH * 4)
 """Where the strength of penalties is drawn from, when domains that were left out choose it."""
@@ -363,18 +363,11 @@ class _Comparison:
         )
 
     def hparams(self, algorithm: str, number: int) -> dict[str, Any]:
-        """Of draw 0 the recommended ones, of others random ones, which are the same where algorithms share them."""
-        config, kind = ALGORITHMS[algorithm].Config, self.dataset.kind
-        recommended = config.recommended(kind).as_dict()
-        given = {name: value for name, value in self.setting.hparams.items() if name in recommended}
-        if "penalty_weight" in given and "strength" in recommended:
+        drawn = hyperparameters_of_draw(algorithm, self.dataset.kind, number, self.setting.select_by)
+        given = {name: value for name, value in self.setting.hparams.items() if name in drawn}
+        if "penalty_weight" in given and "strength" in drawn:
             given.setdefault("strength", None)
-        space: dict[str, Distribution] = {
-            name: distribution for name, distribution in config.space(kind).items() if name not in FIXED
-        }
-        if self.setting.select_by == "leave-one-out" and "strength" in recommended:
-            space["strength"] = STRENGTHS
-        return recommended | (draw(space, number) if number > 0 else {}) | given
+        return drawn | given
 
     def run(self, algorithm: str, draw: int, seed: int, held_out: Sequence[str]) -> RunResult:
         config = self.config(algorithm, draw, seed, held_out, self.plan.extent)
@@ -492,6 +485,20 @@ class _Comparison:
             f"{CAPTION} Every run: {extent}{reduced}. {hyperparameters}",
         ]
         return "\n\n".join(paragraphs) + "\n"
+
+
+def hyperparameters_of_draw(
+    algorithm: str, kind: Kind, number: int, select_by: SelectBy = "training"
+) -> dict[str, Any]:
+    """Of draw 0 the recommended ones, of others random ones, which are the same where algorithms share them."""
+    config = ALGORITHMS[algorithm].Config
+    recommended = config.recommended(kind).as_dict()
+    space: dict[str, Distribution] = {
+        name: distribution for name, distribution in config.space(kind).items() if name not in FIXED
+    }
+    if select_by == "leave-one-out" and "strength" in recommended:
+        space["strength"] = STRENGTHS
+    return recommended | (draw(space, number) if number > 0 else {})
 
 
 def title(algorithm: str) -> str:

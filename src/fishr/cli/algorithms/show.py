@@ -32,6 +32,7 @@ def show(
     print_line(f"{described.title} ({described.year}): {described.idea}")
     print_line("")
     print_line(described.text)
+    print_line("")
     print_line(NOTATION)
     print_line("")
     for each in described.hyperparameters:
