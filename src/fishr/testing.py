@@ -132,9 +132,8 @@ def _named(check: str) -> Iterator[None]:
 
 
 def _check_description(algorithm: type[Algorithm]) -> None:
-    for name, kind in (("title", str), ("reference", Reference)):
-        value = getattr(algorithm, name, None)
-        _require(isinstance(value, kind), f"{name} must be a {kind.__name__}, got {value!r}")
+    reference = getattr(algorithm, "reference", None)
+    _require(isinstance(reference, Reference), f"reference must be a Reference, got {reference!r}")
     _require(bool(algorithm.__doc__), "its docstring must say the idea in its first line, then the objective")
 
 

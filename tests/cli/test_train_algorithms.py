@@ -33,7 +33,7 @@ def test_a_model_that_adapts_to_the_batch_is_evaluated_but_not_exported(
 ) -> None:
     run = str(tmp_path / "run")
     assert main([*TRAIN, "--algorithm", name, "--output", run]) == 0
-    assert main(["evaluate", run, "--data", "colored-digits"]) == 0
+    assert main(["evaluate", run, "colored-digits"]) == 0
     assert "depends on the batch" in (tmp_path / "run" / "model" / "README.md").read_text()
     capsys.readouterr()
     assert main(["export", run, "--output", str(tmp_path / "model.onnx")]) == 2

@@ -198,7 +198,7 @@ def test_given_choices_are_taken(digits: MultiDomainDataset) -> None:
 
 
 def test_an_unknown_algorithm_suggests_the_nearest(digits: MultiDomainDataset) -> None:
-    with pytest.raises(ConfigError, match=r"unknown algorithm 'fisher'; did you mean 'fishr'\? \(known: erm, "):
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'fisher'; did you mean 'fishr'\? \(known: andmask, "):
         RunConfig.for_dataset(digits, "fisher", steps=5)
 
 

@@ -109,7 +109,8 @@ def altered(folder: Path, change: dict[str, Any]) -> None:
     [
         ({"format": 1}, r"config.json was written by another version of fishr: choose another --output$"),
         ({"format": None}, r"config.json was written by another version of fishr"),
-        ({"algorithm": "fisher"}, r"names something this installation does not have: unknown algorithm 'fisher'"),
+        ({"algorithm": "fisher"}, r"holds a run with another config \(algorithm: fisher → erm\): choose another"),
+        ({"algorithm": "this:zen"}, r"holds a run with another config \(algorithm: this:zen → erm\): choose another"),
         ({"hparams": {"speed": 3}}, r"config.json cannot be read \(TypeError: .*'speed'"),
         ({"hparams": {"lr": -1}}, r"config.json names something .*: lr must be above 0, got -1$"),
         ({"unheard_of": 1}, r"config.json cannot be read \(TypeError: .*'unheard_of'"),

@@ -132,13 +132,14 @@ def evaluate_model(
     for name, samples in dataset.domains.items():
         confidences, predictions = np.empty(len(samples.targets)), np.empty(len(samples.targets), np.int64)
         for batch in torch.split(evaluation_order(model.featurizer, len(samples.targets)), batch_size):
-            confidences[batch], predictions[batch] = _predict(model, samples.inputs[batch])
-            if not np.isfinite(confidences[batch]).all():
+            rows = batch.numpy()
+            confidences[rows], predictions[rows] = _predict(model, samples.inputs[batch])
+            if not np.isfinite(confidences[rows]).all():
                 raise DataError(
                     f"the model's probabilities on domain {name!r} of {dataset.name!r} are not finite: its weights, or "
                     "the inputs, have values that it cannot compute with"
                 )
-            done += len(confidences[batch])
+            done += len(rows)
             if progress is not None:
                 progress(done, total)
         targets = labels[samples.targets.numpy()]
