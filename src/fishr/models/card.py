@@ -37,6 +37,8 @@ class ModelCard:
     @property
     def depends_on_batch(self) -> bool:
         """Whether what is predicted for a sample depends on the others in its batch."""
+        if self.model.featurizer not in FEATURIZERS:
+            return False
         featurizer = FEATURIZERS[self.model.featurizer]
         return isinstance(featurizer, type) and issubclass(featurizer, BatchDependent)
 
