@@ -1,12 +1,15 @@
 """IB-ERM and IB-IRM: the bottleneck, its schedule beside IRM's, and its strength."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from fishr.algorithms import IBERM, IBIRM
-from fishr.data import DomainBatch
+from fishr.data import DomainBatch, MultiDomainDataset, Samples
 from fishr.errors import ConfigError
+from fishr.training import RunConfig, train
 
 FEATURES = torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 0.0], [0.0, 3.0], [0.0, 6.0]])
 BATCH = DomainBatch(FEATURES, torch.tensor([0, 1, 0, 1, 1]), (2, 3))
@@ -68,3 +71,15 @@ def test_with_a_strength_both_gradients_are_that_share_of_the_risks() -> None:
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         IBIRM.Config(**settings)
+
+
+def test_a_domain_that_is_too_small_for_a_batch_of_all_its_samples(tmp_path: Path) -> None:
+    """Its variance would not be a number."""
+    domains = {name: Samples(torch.randn(size, 2), torch.arange(size) % 2) for name, size in (("a", 9), ("b", 1))}
+    dataset = MultiDomainDataset("points", "vectors", {**domains, "c": domains["a"]}, ("even", "odd"))
+    hparams = {"batch_size": None}
+    config = RunConfig.for_dataset(dataset, "ib-erm", steps=2, test_domains=("c",), hparams=hparams, out_fraction=0.0)
+    with pytest.raises(
+        ConfigError, match="ib-erm needs 2 samples of each domain in a batch, the in-split of 'b' has 1"
+    ):
+        train(config, dataset, tmp_path / "run", device="cpu")

@@ -14,7 +14,7 @@ def show(
     name: str = typer.Argument(..., help="Its name, or package.module:Class."),
     as_json: bool = Json,
 ) -> None:
-    """One algorithm: objective, hyperparameters, reference, cost of a step.
+    """One algorithm: objective, hyperparameters, reference; the cost of a step, where it was measured.
 
     Examples:
 
