@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from domainbed_folders import write_sweep
+
 
 def pytest_configure() -> None:
     """A shell's background jobs ignore SIGINT, and so would all that the tests send it to."""
@@ -38,3 +40,11 @@ def warnings_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
         for record in caplog.records
         if record.name.startswith("fishr") and record.levelno >= logging.WARNING
     ]
+
+
+@pytest.fixture(scope="session")
+def domainbed_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as DomainBed leaves them: ``domainbed_folders.write_sweep``."""
+    folder = tmp_path_factory.mktemp("domainbed")
+    write_sweep(folder)
+    return folder

@@ -13,10 +13,15 @@ CHECKSUMS = "SHA256SUMS"
 
 def write_text(path: Path, text: str) -> None:
     """Write aside, force to disk, rename."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write aside, force to disk, rename."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -1,12 +1,19 @@
-"""Run records: one for each checkpoint of a run, a line of ``metrics.jsonl`` each."""
+"""Run records, one for each checkpoint of a run, a line of ``metrics.jsonl`` each; and the history made of them."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 2
+"""Version of a run's files."""
 
 Split = Literal["in", "out"]
+SPLITS: tuple[Split, Split] = ("in", "out")
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,77 @@ class RunRecord:
         return cls(domains=domains, **content)
 
 
+def complete_lines(path: Path) -> list[bytes]:
+    """The lines of a file, but for a last one that was cut off."""
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
 def read_records(path: Path) -> list[RunRecord]:
     """All records of a ``metrics.jsonl``; a last line that was cut off is left out."""
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                records.append(RunRecord.from_json(line.decode()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} cannot be read, line {number} is damaged ({type(error).__name__})") from None
+    for number, line in enumerate(complete_lines(path), start=1):
+        try:
+            records.append(RunRecord.from_json(line.decode()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read, line {number} is damaged ({type(error).__name__})") from None
     return records
+
+
+@dataclass(frozen=True, eq=False)
+class RunHistory:
+    """What one run of a sweep recorded, as arrays.
+
+    Attributes:
+        folder: Where the run lies.
+        dataset: Name of the dataset.
+        algorithm: Name of the algorithm.
+        test_domains: Domains held out.
+        draw: Number of its hyperparameter draw.
+        trial: Seed of its splits.
+        hparams: Its hyperparameters.
+        protocol: What else its result depends on, and runs of one table should share.
+        domains: All domains, in the dataset's order.
+        steps: Updates made until each checkpoint, at least one: int64 [checkpoint].
+        accuracies: In [0, 1], NaN where not evaluated: float64 [split, checkpoint, domain], splits as in
+            :data:`SPLITS`.
+        hours: Duration of its training steps.
+        done: Whether it is finished.
+    """
+
+    folder: str
+    dataset: str
+    algorithm: str
+    test_domains: tuple[str, ...]
+    draw: int
+    trial: int
+    hparams: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    domains: tuple[str, ...]
+    steps: NDArray[np.int64]
+    accuracies: NDArray[np.float64]
+    hours: float
+    done: bool
+
+    def accuracy(self, domain: str, split: Split) -> NDArray[np.float64]:
+        """Accuracy on one split of one domain: [checkpoint]."""
+        of_checkpoints: NDArray[np.float64] = self.accuracies[SPLITS.index(split), :, self.domains.index(domain)]
+        return of_checkpoints
+
+    @property
+    def validated_domains(self) -> list[str]:
+        """Domains whose out-split was evaluated."""
+        evaluated = ~np.isnan(self.accuracies[SPLITS.index("out")]).all(axis=0)
+        return [domain for domain, was in zip(self.domains, evaluated, strict=True) if was]
+
+
+def flat_settings(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without nesting: ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -14,6 +14,7 @@ from fishr.cli.demo import demo
 from fishr.cli.evaluate import evaluate
 from fishr.cli.export import export
 from fishr.cli.predict import predict
+from fishr.cli.report import report
 from fishr.cli.reproduce import reproduce_app
 from fishr.cli.train import train
 
@@ -47,6 +48,7 @@ app.command()(compare)
 app.command()(evaluate)
 app.command()(export)
 app.command()(predict)
+app.command()(report)
 app.add_typer(algorithms_app, name="algorithms")
 app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")

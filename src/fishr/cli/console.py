@@ -104,7 +104,7 @@ class ProgressBar:
             self.progress.remove_task(self.task)
 
 
-def run_progress(console: Console) -> Progress:
+def run_progress(console: Console, *, disable: bool = False) -> Progress:
     """Bars with steps and time left; runs of trainings add theirs to it."""
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -113,6 +113,7 @@ def run_progress(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[losses]}"),
         console=console,
+        disable=disable,
     )
 
 

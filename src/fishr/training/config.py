@@ -11,6 +11,7 @@ from fishr.algorithms.base import AlgorithmConfig
 from fishr.data.base import MultiDomainDataset
 from fishr.errors import ConfigError
 from fishr.models.build import ModelConfig, default_model
+from fishr.records import flat_settings
 from fishr.training.averaging import AVERAGES, AverageConfig
 
 Precision = Literal["32", "bf16-mixed"]
@@ -179,19 +180,9 @@ class RunConfig:
 
 def settings_that_differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Settings, also nested ones, that are not the same, ``name: ours → theirs``."""
-    ours, theirs = _flat(ours), _flat(theirs)
+    ours, theirs = flat_settings(ours), flat_settings(theirs)
     return [
         f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
         for name in dict.fromkeys([*ours, *theirs])
         if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
     ]
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -12,10 +12,9 @@ from filelock import FileLock, Timeout
 from fishr.errors import FishrError, RunError
 from fishr.files import new_folder, remove_leftovers, write_text
 from fishr.models.saved import SavedModel, save_model
-from fishr.records import RunRecord, read_records
+from fishr.records import FORMAT, RunRecord, read_records
 from fishr.training.config import RunConfig
 
-FORMAT = 2
 LOCK = ".lock"
 
 

@@ -1,0 +1,296 @@
+"""Results of a benchmark: what a selection rule makes of the histories of its runs, as DomainBed reports it.
+
+A trial's result on a held-out domain is that of its best draw. Means are over trials, ± standard error (population
+standard deviation over √n), in percent. Averages are of unrounded means.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from fishr.records import RunHistory, flat_settings
+from fishr.reports.comparison import BASELINE, CONFIDENCE
+from fishr.reports.domainbed import DATASETS
+from fishr.selection import RULES, Selected, best_draw, select_checkpoints
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over trials.
+
+    Attributes:
+        mean: In percent.
+        error: Its standard error, in percent.
+        trials: Over so many trials.
+    """
+
+    mean: float
+    error: float
+    trials: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.error:.1f}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean difference to the baseline in points, and the interval that holds it with probability 0.95."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an algorithm reached.
+
+    Attributes:
+        algorithm: Its name.
+        cells: Accuracy by column: a held-out domain, or a dataset. None where no trial has a result.
+        average: Mean of the cells, in percent; None where one is missing.
+        difference: To the baseline; None for the baseline, and where nothing can be paired.
+        hours: Time that its runs trained for.
+    """
+
+    algorithm: str
+    cells: Mapping[str, Estimate | None]
+    average: float | None
+    difference: Interval | None
+    hours: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one selection rule makes of the runs.
+
+    Attributes:
+        rule: Name of the rule.
+        datasets: The rows of each dataset, a cell for each held-out domain.
+        averages: Rows with a cell for each dataset.
+        ranks: Mean rank of each algorithm over all held-out domains of all datasets, 1 is best; without those that lack
+            a result.
+        remarks: What is to be known of each dataset's rows, above all what is missing.
+        remarks_on_averages: Likewise.
+    """
+
+    rule: str
+    datasets: Mapping[str, Sequence[Row]]
+    averages: Sequence[Row]
+    ranks: Mapping[str, float]
+    remarks: Mapping[str, Sequence[str]]
+    remarks_on_averages: Sequence[str]
+
+
+def results(histories: Sequence[RunHistory], rule: str) -> Results:
+    """The results of a benchmark by one of :data:`fishr.selection.RULES`."""
+    return _Benchmark(histories, rule).results()
+
+
+class _Benchmark:
+    """Runs by what they are of, and what the rule selects of them."""
+
+    def __init__(self, histories: Sequence[RunHistory], rule: str) -> None:
+        self.histories, self.rule = histories, rule
+        present = {history.dataset for history in histories}
+        published = [name for name, _ in DATASETS.values() if name in present]
+        self.datasets = [*published, *sorted(present.difference(published))]
+        names = sorted({history.algorithm for history in histories})
+        self.algorithms = sorted(names, key=lambda name: name != BASELINE)
+
+    def results(self) -> Results:
+        return Results(
+            self.rule,
+            {dataset: [self._row_of_dataset(dataset, name) for name in self.algorithms] for dataset in self.datasets},
+            [self._row_of_averages(name) for name in self.algorithms],
+            self._ranks(),
+            {
+                dataset: [
+                    *self._missing_trials(dataset),
+                    *self._missing_draws(dataset),
+                    *self._unfinished(dataset),
+                    *self._protocols_that_differ(dataset),
+                ]
+                for dataset in self.datasets
+            },
+            [f"{dataset}, {said}" for dataset in self.datasets for said in self._missing_trials(dataset)],
+        )
+
+    # What there is
+
+    @cached_property
+    def of_dataset(self) -> Mapping[str, Sequence[RunHistory]]:
+        runs: dict[str, list[RunHistory]] = defaultdict(list)
+        for history in self.histories:
+            runs[history.dataset].append(history)
+        return runs
+
+    @cached_property
+    def selected(self) -> Mapping[tuple[str, str, str], Mapping[int, Sequence[Selected]]]:
+        """By dataset, algorithm and held-out domain, of each trial: the checkpoint selected of each draw."""
+        runs: dict[tuple[str, str, str], dict[int, list[RunHistory]]] = defaultdict(lambda: defaultdict(list))
+        for history in self.histories:
+            for domain in history.test_domains:
+                runs[history.dataset, history.algorithm, domain][history.trial].append(history)
+        rule = RULES[self.rule]
+        selected = {
+            cell: {trial: select_checkpoints(rule, of_trial, cell[-1]) for trial, of_trial in sorted(trials.items())}
+            for cell, trials in runs.items()
+        }
+        return {
+            cell: {trial: of_draws for trial, of_draws in trials.items() if of_draws}
+            for cell, trials in selected.items()
+        }
+
+    def domains(self, dataset: str) -> list[str]:
+        """Domains that a run holds out, in the dataset's order."""
+        runs = self.of_dataset[dataset]
+        held_out = {domain for run in runs for domain in run.test_domains}
+        known = dict.fromkeys(domain for run in runs for domain in run.domains)
+        return [domain for domain in known if domain in held_out]
+
+    def trials(self, dataset: str, algorithm: str, domain: str) -> Mapping[int, float]:
+        """Of each trial the accuracy of its best draw."""
+        trials = self.selected.get((dataset, algorithm, domain), {})
+        return {trial: best_draw(of_draws).accuracy for trial, of_draws in trials.items()}
+
+    # What it says
+
+    def _row_of_dataset(self, dataset: str, algorithm: str) -> Row:
+        cells = {
+            domain: _estimate(self.trials(dataset, algorithm, domain).values()) for domain in self.domains(dataset)
+        }
+        return Row(
+            algorithm,
+            cells,
+            _average(cells.values()),
+            self._difference([dataset], algorithm),
+            self._hours([dataset], algorithm),
+        )
+
+    def _row_of_averages(self, algorithm: str) -> Row:
+        cells = {}
+        for dataset in self.datasets:
+            of_trials: dict[int, list[float]] = defaultdict(list)
+            for domain in self.domains(dataset):
+                for trial, accuracy in self.trials(dataset, algorithm, domain).items():
+                    of_trials[trial].append(accuracy)
+            cells[dataset] = _estimate([float(np.mean(accuracies)) for _, accuracies in sorted(of_trials.items())])
+        return Row(
+            algorithm,
+            cells,
+            _average(cells.values()),
+            self._difference(self.datasets, algorithm),
+            self._hours(self.datasets, algorithm),
+        )
+
+    def _hours(self, datasets: Iterable[str], algorithm: str) -> float:
+        return sum(run.hours for name in datasets for run in self.of_dataset[name] if run.algorithm == algorithm)
+
+    def _difference(self, datasets: Iterable[str], algorithm: str) -> Interval | None:
+        """Mean over datasets of the difference to the baseline, paired over held-out domains and trials."""
+        if algorithm == BASELINE:
+            return None
+        pairs = []
+        for dataset in datasets:
+            of_dataset = []
+            for domain in self.domains(dataset):
+                ours, baseline = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
+                of_dataset += [100 * (ours[trial] - baseline[trial]) for trial in ours if trial in baseline]
+            if of_dataset:
+                pairs.append(np.array(of_dataset))
+        return bootstrap(pairs) if pairs else None
+
+    def _ranks(self) -> dict[str, float]:
+        """Mean rank over all held-out domains, of algorithms that have a result on each of them."""
+        means = {
+            name: [
+                _estimate(self.trials(dataset, name, domain).values())
+                for dataset in self.datasets
+                for domain in self.domains(dataset)
+            ]
+            for name in self.algorithms
+        }
+        complete = {
+            # Rounded, as equal results of different order of addition are a tie.
+            name: [-round(estimate.mean, 9) for estimate in estimates if estimate is not None]
+            for name, estimates in means.items()
+            if None not in estimates
+        }
+        if len(complete) < 2:
+            return {}
+        ranks = rankdata(list(complete.values()), axis=0).mean(axis=1)
+        return dict(zip(complete, ranks.tolist(), strict=True))
+
+    def _missing_trials(self, dataset: str) -> list[str]:
+        """Trials that others of the dataset have."""
+        num_trials = len({run.trial for run in self.of_dataset[dataset]})
+        counts = {
+            (name, domain): len(self.selected.get((dataset, name, domain), {}))
+            for name in self.algorithms
+            for domain in self.domains(dataset)
+        }
+        return _sentences({of: f"{count} of {num_trials} trials" for of, count in counts.items() if count < num_trials})
+
+    def _missing_draws(self, dataset: str) -> list[str]:
+        """Draws that others of the dataset have."""
+        num_draws = len({run.draw for run in self.of_dataset[dataset]})
+        fewest = {
+            (name, domain): min(map(len, trials.values()))
+            for (of_dataset, name, domain), trials in self.selected.items()
+            if of_dataset == dataset and trials
+        }
+        return _sentences(
+            {of: f"a trial with {few} of {num_draws} draws" for of, few in fewest.items() if few < num_draws}
+        )
+
+    def _unfinished(self, dataset: str) -> list[str]:
+        runs = self.of_dataset[dataset]
+        count = sum(not run.done for run in runs)
+        return [f"{count:,} of {len(runs):,} runs are not finished, and count as they are"] if count else []
+
+    def _protocols_that_differ(self, dataset: str) -> list[str]:
+        runs = self.of_dataset[dataset]
+        protocols = [flat_settings(protocol) for protocol in {id(run.protocol): run.protocol for run in runs}.values()]
+        shared = [name for name in protocols[0] if all(name in protocol for protocol in protocols)]
+        values = {name: list(dict.fromkeys(str(protocol[name]) for protocol in protocols)) for name in shared}
+        return [f"runs differ in {name}: {', '.join(of)}" for name, of in values.items() if len(of) > 1]
+
+
+def _estimate(accuracies: Iterable[float]) -> Estimate | None:
+    """Of accuracies in [0, 1]; None where there are none."""
+    values = np.array(list(accuracies))
+    if len(values) == 0:
+        return None
+    return Estimate(100 * float(np.mean(values)), 100 * float(np.std(values / np.sqrt(len(values)))), len(values))
+
+
+def _sentences(gaps: Mapping[tuple[str, str], str]) -> list[str]:
+    """Of algorithms and held-out domains, those domains together that lack the same."""
+    domains: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (algorithm, domain), gap in gaps.items():
+        domains[algorithm, gap].append(domain)
+    return [f"{algorithm} on {', '.join(of)}: {gap}" for (algorithm, gap), of in domains.items()]
+
+
+def _average(cells: Collection[Estimate | None]) -> float | None:
+    means = [cell.mean for cell in cells if cell is not None]
+    return sum(means) / len(means) if len(means) == len(cells) else None
+
+
+def bootstrap(groups: Sequence[NDArray[np.float64]]) -> Interval:
+    """Mean over groups of the mean of each, with the percentile interval of resampling within each, seeded."""
+    generator = np.random.default_rng(0)
+    means = np.mean([generator.choice(values, (RESAMPLES, len(values))).mean(axis=1) for values in groups], axis=0)
+    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Interval(float(np.mean([values.mean() for values in groups])), float(low), float(high))

@@ -1,0 +1,165 @@
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fishr.records import RunHistory
+from fishr.reports.benchmark import Interval, Row, bootstrap, results
+from fishr.reports.domainbed import DATASETS, algorithm_name
+from fishr.reports.render import FORMATS
+from fishr.reports.run_folders import read_histories
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "domainbed_tables.txt"
+"""What the published ``collect_results.py`` prints of ``domainbed_folders.write_sweep``'s folders."""
+
+RULES = {
+    "training-domain validation set": "training",
+    "leave-one-domain-out cross-validation": "leave-one-out",
+    "test-domain validation set (oracle)": "oracle",
+}
+
+
+@pytest.fixture(scope="module")
+def histories(domainbed_sweep: Path) -> list[RunHistory]:
+    return list(read_histories([domainbed_sweep]).histories)
+
+
+def published_tables() -> dict[tuple[str, str], dict[str, list[str]]]:
+    """By rule and dataset (or ``averages``), the cells of each algorithm."""
+    tables: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for block in GOLDEN.read_text(encoding="utf-8").strip().split("\n\n"):
+        title, _, *rows = block.splitlines()
+        dataset, rule = re.fullmatch(r"-+ (?:Dataset: (\w+)|Averages), model selection method: (.*)", title).groups()
+        name = DATASETS[dataset][0] if dataset else "averages"
+        cells = (re.split(r"\s{2,}", row) for row in rows)
+        tables[RULES[rule], name] = {algorithm_name(algorithm): numbers for algorithm, *numbers in cells}
+    return tables
+
+
+@pytest.mark.parametrize("rule", RULES.values())
+def test_tables_of_domainbeds_folders_are_those_that_its_own_script_prints(rule, histories):
+    ours = results(histories, rule)
+    for (of_rule, name), published in published_tables().items():
+        if of_rule == rule:
+            rows = ours.averages if name == "averages" else ours.datasets[name]
+            said = {
+                row.algorithm: [
+                    *("X" if cell is None else str(cell).replace("±", "+/-") for cell in row.cells.values()),
+                    "X" if row.average is None else f"{row.average:.1f}",
+                ]
+                for row in rows
+            }
+            assert said == published, name
+
+
+def row(rows: Sequence[Row], algorithm: str) -> Row:
+    return next(each for each in rows if each.algorithm == algorithm)
+
+
+def test_what_is_missing_is_named(histories: list[RunHistory]) -> None:
+    ours = results(histories, "training")
+    assert row(ours.datasets["rotated-mnist"], "fishr").cells["75"] is None
+    assert row(ours.datasets["rotated-mnist"], "fishr").average is None
+    assert "fishr on 75: 0 of 3 trials" in ours.remarks["rotated-mnist"]
+    assert "vrex on cartoon: 2 of 3 trials" in ours.remarks["pacs"]
+    assert "vrex on sketch: a trial with 2 of 4 draws" in ours.remarks["pacs"]
+    assert "27 of 336 runs are not finished, and count as they are" in ours.remarks["pacs"]
+    assert ours.remarks_on_averages == [
+        "rotated-mnist, fishr on 75: 0 of 3 trials",
+        "pacs, vrex on cartoon: 2 of 3 trials",
+    ]
+
+
+def test_a_whole_sweep_has_no_remarks(histories: list[RunHistory]) -> None:
+    whole = [
+        replace(history, trial=0, done=True)
+        for history in histories
+        if (history.dataset, history.algorithm, history.trial, history.draw) == ("pacs", "fishr", 1, 0)
+    ]
+    assert results(whole, "training").remarks == {"pacs": []}
+
+
+def test_runs_that_should_share_a_setting_and_do_not_are_named(histories: list[RunHistory]) -> None:
+    longer = [replace(histories[0], protocol={"steps": 5001, "model.name": "cnn"}), *histories[1:]]
+    remarks = results(longer, "training").remarks[histories[0].dataset]
+    assert [remark for remark in remarks if "differ" in remark] == ["runs differ in steps: 5001, 601"]
+
+
+def test_the_difference_is_paired_and_its_mean_that_of_the_pairs(histories: list[RunHistory]) -> None:
+    ours = results(histories, "training")
+    fishr, erm = (row(ours.datasets["colored-mnist"], name) for name in ("fishr", "erm"))
+    assert erm.difference is None
+    assert fishr.difference is not None
+    assert fishr.average is not None
+    assert erm.average is not None
+    assert fishr.difference.mean == pytest.approx(fishr.average - erm.average)
+    assert fishr.difference.low < fishr.difference.mean < fishr.difference.high
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(200):
+        interval = bootstrap([generator.normal(1.0, 2.0, 40), generator.normal(3.0, 2.0, 40)])
+        covered.append(interval.low < 2.0 < interval.high)
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_an_interval_of_equal_differences_has_no_width() -> None:
+    assert bootstrap([np.array([2.0, 2.0])]) == Interval(2.0, 2.0, 2.0)
+
+
+def test_ranks_are_means_over_held_out_domains(histories: list[RunHistory]) -> None:
+    colored = [history for history in histories if history.dataset == "colored-mnist"]
+    # +90%: 68.2, 62.1, 68.2; +80%: 74.2, 71.2, 71.2; -90%: 53.0, 68.2, 83.3 (ERM, Fishr, V-REx, as published)
+    expected = {"erm": (1.5 + 1 + 3) / 3, "fishr": (3 + 2.5 + 2) / 3, "vrex": (1.5 + 2.5 + 1) / 3}
+    assert results(colored, "training").ranks == pytest.approx(expected)
+    assert "fishr" not in results(histories, "training").ranks
+
+
+def test_hours_are_those_of_all_runs(histories: list[RunHistory]) -> None:
+    ours = results(histories, "training")
+    expected = sum(history.hours for history in histories if history.algorithm == "vrex")
+    assert row(ours.averages, "vrex").hours == pytest.approx(expected)
+    total = sum(row.hours for rows in ours.datasets.values() for row in rows)
+    assert total == pytest.approx(sum(history.hours for history in histories))
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_every_format_says_all_numbers(output_format: str, histories: list[RunHistory]) -> None:
+    text = FORMATS[output_format]([results(histories, rule) for rule in RULES.values()])
+    numbers = {"csv": "89.39393939393939", "json": "89.39393939393939", "latex": r"89.4 $\pm$ 4.9"}
+    assert numbers.get(output_format, "89.4 ± 4.9") in text
+    for name in ("erm", "fishr", "vrex", "pacs"):
+        assert name in text
+
+
+def test_csv_has_a_line_for_each_number(histories: list[RunHistory]) -> None:
+    lines = list(csv.DictReader(FORMATS["csv"]([results(histories, "training")]).splitlines()))
+    (cell,) = [
+        line for line in lines if (line["dataset"], line["held_out"], line["algorithm"]) == ("pacs", "photo", "erm")
+    ]
+    assert cell["selection"] == "training"
+    assert f"{float(cell['accuracy']):.1f} {float(cell['error']):.1f} {cell['trials']}" == "80.3 4.9 3"
+    (average,) = [line for line in lines if (line["dataset"], line["algorithm"]) == ("", "erm")]
+    assert f"{float(average['accuracy']):.1f}" == "69.9"
+
+
+def test_json_reads_back(histories: list[RunHistory]) -> None:
+    content = json.loads(FORMATS["json"]([results(histories, rule) for rule in RULES.values()]))
+    assert list(content) == list(RULES.values())
+    (erm, *_) = content["oracle"]["averages"]
+    assert f"{erm['average']:.1f}" == "78.1"
+
+
+def test_latex_escapes_what_is_special_in_it(histories: list[RunHistory]) -> None:
+    text = FORMATS["latex"]([results(histories, "training")])
+    assert r"+90\%" in text
+    assert r"art\_painting" in text
+    outside_comments = [line for line in text.splitlines() if not line.startswith("%")]
+    assert not re.search(r"(?<!\\)[%_#±]", "\n".join(outside_comments))
