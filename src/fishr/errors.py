@@ -32,6 +32,10 @@ class RunError(FishrError):
     """A run folder that cannot be used: another config, a damaged checkpoint, no space to write."""
 
 
+class RunBusyError(RunError):
+    """Another process works on the run, or has just finished it."""
+
+
 class NonFiniteLossError(FishrError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
 

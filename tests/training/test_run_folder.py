@@ -1,7 +1,10 @@
 import errno
 import json
 import os
+import re
 import resource
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 import pytest
 
 from fishr.data import MultiDomainDataset
-from fishr.errors import ConfigError, RunError, RunInterruptedError
+from fishr.errors import ConfigError, RunBusyError, RunError, RunInterruptedError
 from fishr.models import ModelConfig
-from fishr.training import train
+from fishr.records import read_records
+from fishr.training import run_folder, train
 from fishr.training.run_folder import RunFolder
 from small_runs import AtStep, Outcome, outcome, run_config, signal_at
 
@@ -317,6 +321,54 @@ def test_two_processes_do_not_work_on_one_run(digits: MultiDomainDataset, tmp_pa
     train(run_config(), digits, tmp_path / "alone", device="cpu")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
+
+
+@contextmanager
+def leased_elsewhere(folder: RunFolder) -> Iterator[Path]:
+    """A lease that a process on another machine has written; it says no more from then on."""
+    with folder.alone():
+        (lease,) = folder.path.glob(".lease*")
+        here = lease.read_text()
+    elsewhere = here.replace(socket.gethostname(), "elsewhere")
+    assert elsewhere != here
+    lease.write_text(elsewhere)
+    yield lease
+
+
+def test_a_run_whose_process_on_another_machine_went_silent_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.3)
+    folder = RunFolder(tmp_path / "run", run_config())
+    with leased_elsewhere(folder), folder.alone():
+        pass
+
+
+def test_a_run_whose_process_on_another_machine_is_alive_is_not(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", run_config())
+    with (
+        leased_elsewhere(folder) as lease,
+        pytest.raises(RunBusyError, match=rf"another process is working on .*delete {re.escape(str(lease))}\)"),
+        folder.alone(),
+    ):
+        pass
+
+
+def test_a_process_that_was_silent_for_too_long_writes_nothing(
+    digits: MultiDomainDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease is another's, as it is after a machine has slept."""
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.15)
+    lease = tmp_path / "run/.lease"
+
+    def lose() -> None:
+        lease.unlink()
+        lease.write_text("of another process")
+        time.sleep(0.3)
+
+    with pytest.raises(RunBusyError, match="another process may have taken over the run"):
+        train(run_config(), digits, tmp_path / "run", device="cpu", observer=AtStep(5, lose))
+    assert [record.step for record in read_records(tmp_path / "run/metrics.jsonl")] == [4]
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_left_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typer.main import get_command
 
 from fishr.cli.algorithms import algorithms_app
 from fishr.cli.compare import compare
+from fishr.cli.config_file import with_config_file
 from fishr.cli.console import print_error, print_notice
 from fishr.cli.data import data_app
 from fishr.cli.demo import demo
@@ -65,8 +66,10 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def call(arguments: Sequence[str]) -> int:
     """Run a command with its arguments; usage errors are one line and exit code 2."""
+    command = get_command(app)
+    expanded = with_config_file(command, arguments)
     try:
-        code = get_command(app).main(args=list(arguments), prog_name="fishr", standalone_mode=False)
+        code = command.main(args=expanded.arguments, prog_name="fishr", standalone_mode=False)
     except typer.Abort:
         code = INTERRUPTED
     except Exception as error:
@@ -75,7 +78,7 @@ def call(arguments: Sequence[str]) -> int:
             raise
         message = error.format_message()
         if message:  # without one, the help was asked for and printed
-            print_error(message)
+            print_error(expanded.explained(message))
         return 2 if message else 0
     if code == INTERRUPTED:
         print_notice("interrupted")

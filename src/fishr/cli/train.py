@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from fishr.cli import options
+from fishr.cli.config_file import ConfigFile
 from fishr.cli.console import (
     DataRoot,
     Device,
@@ -64,6 +65,7 @@ def train(
     device: str = Device,
     as_json: bool = Json,
     quiet: bool = Quiet,
+    config_file: Path | None = ConfigFile,
 ) -> None:
     """Train one model; called again with the same settings it continues, or says that it is done.
 

@@ -38,6 +38,7 @@ class RunConfig:
         select: Keep the weights of the checkpoint with the best mean accuracy on the out-splits of the training
             domains, among those after the switch-on step (the first of equals), instead of the last.
         class_balanced: Draw the class of a training sample first, each as likely.
+        draw: Number of the hyperparameter draw in a sweep: where ``hparams`` come from. It changes no result.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -58,6 +59,7 @@ class RunConfig:
     average: AverageConfig | None = None
     select: bool = False
     class_balanced: bool = False
+    draw: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.test_domains, str):
@@ -169,6 +171,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What makes the run another one than others."""
         content = self.as_dict()
+        del content["draw"]
         if "fingerprint" in self.data_options:
             del content["data"]
         return content

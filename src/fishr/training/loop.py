@@ -318,6 +318,7 @@ class _Run:
 
     def _record(self, seconds_per_step: float) -> None:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
+        self.folder.check_still_alone()
         earlier = self.folder.records()
         with self._weights(self._recorded_average()):
             record = RunRecord(self.step, self.monitor.take_means(), self._evaluate(), seconds_per_step)
@@ -398,6 +399,7 @@ class _Run:
 
     def _save(self) -> None:
         self.monitor.look()
+        self.folder.check_still_alone()
         progress = Progress(self.step, self.monitor.sums, self.monitor.count)
         save_checkpoint(self.folder.checkpoints, self._stateful(), self.optimizers, progress)
 

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import SoftFileLease, Timeout
 
-from fishr.errors import FishrError, RunError
+from fishr.errors import FishrError, RunBusyError, RunError
 from fishr.files import new_folder, remove_leftovers, write_text
 from fishr.models.saved import SavedModel, save_model
 from fishr.records import FORMAT, RunRecord, read_records
 from fishr.training.config import RunConfig
 
-LOCK = ".lock"
+LEASE = ".lease"
+LEASE_SECONDS, TAKEOVER_SECONDS = 60.0, 1.0
+"""A process that says nothing for so long is taken for dead; one that is dead on this machine is found out at once."""
 
 
 class RunFolder:
@@ -36,6 +38,7 @@ class RunFolder:
         self.checkpoints, self.model = path / "checkpoints", path / "model"
         self.metrics = path / "metrics.jsonl"
         self.config_file = path / "config.json"
+        self._held: SoftFileLease | None = None
         if self.config_file.exists():
             differences = _differences(self.config_file, config)
             if differences:
@@ -57,30 +60,44 @@ class RunFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from working on the run inside the block.
+        """Keep other processes, on other machines too, from working on the run inside the block.
 
         Raises:
-            RunError: another process works on it, or has just finished it.
+            RunBusyError: another process works on it, or has just finished it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._lock)
+        lease = SoftFileLease(self._lease, lease_duration=LEASE_SECONDS, timeout=TAKEOVER_SECONDS)
         try:
-            lock.acquire(timeout=0)
+            lease.acquire()
         except Timeout:
-            raise RunError(
-                f"another process is working on the run in {self.path}: wait for it, or choose another --output"
+            raise RunBusyError(
+                f"another process is working on the run in {self.path}: wait for it, or choose another --output "
+                f"(if there is none, delete {self._lease})"
             ) from None
+        self._held = lease
         try:
             if self.done:
-                raise RunError(f"another process has just finished the run in {self.path}: call again to see it")
+                raise RunBusyError(f"another process has just finished the run in {self.path}: call again to see it")
             yield
         finally:
-            self._lock.unlink(missing_ok=True)
-            lock.release()
+            self._held = None
+            lease.release()
+
+    def check_still_alone(self) -> None:
+        """Before something is written.
+
+        Raises:
+            RunBusyError: this process said nothing for so long that another one has taken over.
+        """
+        if self._held is not None and self._held.compromise is not None:
+            raise RunBusyError(
+                f"another process may have taken over the run in {self.path}, as this one was silent for "
+                f"{LEASE_SECONDS:.0f} s: it stops"
+            )
 
     @property
-    def _lock(self) -> Path:
-        return self.path / LOCK
+    def _lease(self) -> Path:
+        return self.path / LEASE
 
     @property
     def done(self) -> bool:
@@ -123,14 +140,15 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what a run that is done does not need, or a process that was killed has left."""
-        self._lock.unlink(missing_ok=True)
+        if self._held is None:
+            self._lease.unlink(missing_ok=True)
         if self.checkpoints.exists():
             shutil.rmtree(self.checkpoints)
 
 
 def _is_leftover(path: Path) -> bool:
     """Whether a process was killed while it wrote the config: nothing else is in the folder then."""
-    return path.name.startswith(".config.json.") or path.name == LOCK
+    return path.name.startswith((".config.json.", LEASE))
 
 
 def _differences(path: Path, config: RunConfig) -> list[str]:
