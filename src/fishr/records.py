@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 FORMAT = 2
 """Version of a run's files."""
 
+CONFIG_FILE, RECORDS_FILE, DONE_FILE = "config.json", "metrics.jsonl", "DONE"
+LEASE_FILE, FAILED_FILE = ".lease", "FAILED"
+LEASE_SECONDS = 60.0
+"""A process that says nothing for so long is taken for dead; one that died on this machine is found out at once."""
+
 Split = Literal["in", "out"]
 SPLITS: tuple[Split, Split] = ("in", "out")
 
@@ -132,3 +137,13 @@ def flat_settings(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def settings_that_differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Settings, also nested ones, that are not the same, ``name: ours → theirs``."""
+    ours, theirs = flat_settings(ours), flat_settings(theirs)
+    return [
+        f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
+    ]

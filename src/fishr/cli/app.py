@@ -17,12 +17,14 @@ from fishr.cli.export import export
 from fishr.cli.predict import predict
 from fishr.cli.report import report
 from fishr.cli.reproduce import reproduce_app
+from fishr.cli.sweep import sweep_app
 from fishr.cli.train import train
 
 MULTIPLE = (
     "--algorithms",
     "--average-arg",
     "--backbone-arg",
+    "--datasets",
     "--images",
     "--mean",
     "--methods",
@@ -53,6 +55,7 @@ app.command()(report)
 app.add_typer(algorithms_app, name="algorithms")
 app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")
+app.add_typer(sweep_app, name="sweep")
 
 
 @app.callback(invoke_without_command=True)

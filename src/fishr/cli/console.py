@@ -64,10 +64,11 @@ def print_line(text: str) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """A table on stdout, its first ``left`` columns text and the others numbers."""
-    stdout.print(_table(header, rows, left))
+    stdout.print(table_of(header, rows, left))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table to draw, its first ``left`` columns text and the others numbers."""
     table = Table()
     for index, name in enumerate(header):
         table.add_column(Text(name), justify="left" if index < left else "right")
@@ -151,7 +152,7 @@ class LiveRuns:
 
     def __exit__(self, *_: object) -> None:
         if self.drawn:
-            self.live.update(_table(self.HEADER, self.rows) if self.rows else "")
+            self.live.update(table_of(self.HEADER, self.rows) if self.rows else "")
             self.live.stop()
 
     @contextmanager
@@ -171,7 +172,7 @@ class LiveRuns:
             stderr.print("  ".join(f"{name} {cell}" for name, cell in zip(self.HEADER, row, strict=True)), markup=False)
 
     def _draw(self) -> None:
-        self.live.update(Group(_table(self.HEADER, self.rows), self.progress))
+        self.live.update(Group(table_of(self.HEADER, self.rows), self.progress))
 
 
 def print_if_done_before(watcher: LiveRuns, output: Path) -> None:

@@ -75,18 +75,16 @@ def load_data(
     cache: str | None,
     strict: bool,
 ) -> "MultiDomainDataset":
-    """The dataset that the options ask for; those of images are passed on only where they are given."""
+    """The dataset that the options ask for."""
     from fishr.data import load_dataset
 
-    given: dict[str, Any] = {
-        "image_size": image_size,
-        "channels": channels,
-        "augmentation": augment,
-        "cache": cache,
-        "strict": strict or None,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    return load_dataset(data, root=root, subset=subset, **options)
+    images = image_options(image_size=image_size, channels=channels, augmentation=augment, cache=cache)
+    return load_dataset(data, root=root, subset=subset, **images, **({"strict": True} if strict else {}))
+
+
+def image_options(**given: Any) -> dict[str, Any]:
+    """Options of images, those only that are given: datasets without images take none."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def backbone_model(

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from fishr.errors import RunError
 from fishr.files import write_bytes
-from fishr.records import FORMAT, SPLITS, RunHistory, complete_lines
+from fishr.records import CONFIG_FILE, DONE_FILE, FORMAT, RECORDS_FILE, SPLITS, RunHistory, complete_lines
 from fishr.reports import domainbed
 
-CONFIG, RECORDS, DONE = "config.json", "metrics.jsonl", "DONE"
 OF_ONE_RUN = ("format", "data", "algorithm", "hparams", "seed", "trial", "draw", "test_domains")
 """What differs between the runs of one table; the rest of a config is its protocol."""
 
@@ -92,7 +91,7 @@ def read_histories(paths: Sequence[Path], on_progress: OnProgress = lambda done,
             raise RunError(f"{path} is no folder: give folders with runs in them")
         table, of_path = _read(path, on_progress)
         if table.num_rows == 0 and not of_path:
-            raise RunError(f"there is no run in {path}: no folder with {CONFIG} or {domainbed.RECORDS}")
+            raise RunError(f"there is no run in {path}: no folder with {CONFIG_FILE} or {domainbed.RECORDS}")
         histories |= {history.folder: history for history in _histories(path, table)}
         problems |= of_path
     return Found([histories[folder] for folder in sorted(histories)], problems)
@@ -146,7 +145,7 @@ def _run_folders(top: Path, known: Container[str]) -> Iterator[str]:
         seen.add((identity.st_dev, identity.st_ino))
         with os.scandir(top / folder) as entries:
             inside = {entry.name: entry for entry in entries}
-        if CONFIG in inside or domainbed.RECORDS in inside:
+        if CONFIG_FILE in inside or domainbed.RECORDS in inside:
             yield folder
         else:
             waiting += [
@@ -158,7 +157,7 @@ def _run_folders(top: Path, known: Container[str]) -> Iterator[str]:
 
 def _stamp(folder: Path) -> tuple[int, int, int] | None:
     """As :data:`STAMP` names it; None where there are no records."""
-    for name in (RECORDS, domainbed.RECORDS):
+    for name in (RECORDS_FILE, domainbed.RECORDS):
         try:
             records = Path(folder, name).stat()
         except FileNotFoundError:
@@ -173,11 +172,11 @@ def _read_run(folder: Path) -> RunHistory:
     Raises:
         _UnreadableError: it counts for nothing.
     """
-    is_ours = (folder / CONFIG).exists()
+    is_ours = (folder / CONFIG_FILE).exists()
     try:
-        records = _read_records(folder / (RECORDS if is_ours else domainbed.RECORDS))
+        records = _read_records(folder / (RECORDS_FILE if is_ours else domainbed.RECORDS))
         if is_ours:
-            return _history(folder, json.loads((folder / CONFIG).read_bytes()), records)
+            return _history(folder, json.loads((folder / CONFIG_FILE).read_bytes()), records)
         return domainbed.history(folder, records)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise _UnreadableError(f"cannot be read ({type(error).__name__}: {error})") from None
@@ -225,7 +224,7 @@ def _history(folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[
             ]
         ),
         hours=float(durations.sum()) / 3600,
-        done=(folder / DONE).exists(),
+        done=(folder / DONE_FILE).exists(),
     )
 
 

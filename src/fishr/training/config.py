@@ -11,7 +11,7 @@ from fishr.algorithms.base import AlgorithmConfig
 from fishr.data.base import MultiDomainDataset
 from fishr.errors import ConfigError
 from fishr.models.build import ModelConfig, default_model
-from fishr.records import flat_settings
+from fishr.records import settings_that_differ
 from fishr.training.averaging import AVERAGES, AverageConfig
 
 Precision = Literal["32", "bf16-mixed"]
@@ -179,13 +179,3 @@ class RunConfig:
     def differences(self, other: "RunConfig") -> list[str]:
         """Settings in which another config differs, ``name: ours → theirs``."""
         return settings_that_differ(self.identity(), other.identity())
-
-
-def settings_that_differ(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Settings, also nested ones, that are not the same, ``name: ours → theirs``."""
-    ours, theirs = flat_settings(ours), flat_settings(theirs)
-    return [
-        f"{name}: {ours.get(name, 'not set')} → {theirs.get(name, 'not set')}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if name not in ours or name not in theirs or json.dumps(ours[name]) != json.dumps(theirs[name])
-    ]

@@ -12,12 +12,21 @@ from filelock import SoftFileLease, Timeout
 from fishr.errors import FishrError, RunBusyError, RunError
 from fishr.files import new_folder, remove_leftovers, write_text
 from fishr.models.saved import SavedModel, save_model
-from fishr.records import FORMAT, RunRecord, read_records
+from fishr.records import (
+    CONFIG_FILE,
+    DONE_FILE,
+    FAILED_FILE,
+    FORMAT,
+    LEASE_FILE,
+    LEASE_SECONDS,
+    RECORDS_FILE,
+    RunRecord,
+    read_records,
+)
 from fishr.training.config import RunConfig
 
-LEASE = ".lease"
-LEASE_SECONDS, TAKEOVER_SECONDS = 60.0, 1.0
-"""A process that says nothing for so long is taken for dead; one that is dead on this machine is found out at once."""
+TAKEOVER_SECONDS = 1.0
+"""Enough to find out that the process which holds the run has died."""
 
 
 class RunFolder:
@@ -36,8 +45,8 @@ class RunFolder:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         self.checkpoints, self.model = path / "checkpoints", path / "model"
-        self.metrics = path / "metrics.jsonl"
-        self.config_file = path / "config.json"
+        self.metrics = path / RECORDS_FILE
+        self.config_file = path / CONFIG_FILE
         self._held: SoftFileLease | None = None
         if self.config_file.exists():
             differences = _differences(self.config_file, config)
@@ -47,11 +56,11 @@ class RunFolder:
                     "choose another --output, or delete the folder"
                 )
         elif path.exists() and (not path.is_dir() or any(not _is_leftover(item) for item in path.iterdir())):
-            raise RunError(f"{path} exists and is not a run (it has no config.json): choose another --output")
+            raise RunError(f"{path} exists and is not a run (it has no {CONFIG_FILE}): choose another --output")
 
     def create(self) -> None:
         """Make the folder and write the config, where that has not been done; remove what a killed process left."""
-        remove_leftovers(self.path, "config.json", "metrics.jsonl", "model", "DONE")
+        remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE)
         remove_leftovers(self.checkpoints, "step-*")
         if not self.config_file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +106,7 @@ class RunFolder:
 
     @property
     def _lease(self) -> Path:
-        return self.path / LEASE
+        return self.path / LEASE_FILE
 
     @property
     def done(self) -> bool:
@@ -105,7 +114,7 @@ class RunFolder:
 
     @property
     def _done(self) -> Path:
-        return self.path / "DONE"
+        return self.path / DONE_FILE
 
     def kept(self) -> RunRecord:
         """The record of the model that was kept."""
@@ -147,8 +156,8 @@ class RunFolder:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a process was killed while it wrote the config: nothing else is in the folder then."""
-    return path.name.startswith((".config.json.", LEASE))
+    """What may be in the folder of a run that has not come to its config."""
+    return path.name.startswith((f".{CONFIG_FILE}.", LEASE_FILE, FAILED_FILE))
 
 
 def _differences(path: Path, config: RunConfig) -> list[str]:

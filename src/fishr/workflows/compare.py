@@ -27,7 +27,7 @@ from fishr.errors import ConfigError, NonFiniteLossError, RunError
 from fishr.files import new_folder, write_text
 from fishr.models.build import ModelConfig
 from fishr.models.saved import SavedModel, load_model, save_model
-from fishr.records import RunRecord
+from fishr.records import RunRecord, settings_that_differ
 from fishr.registry import unknown
 from fishr.reports.comparison import (
     BASELINE,
@@ -42,7 +42,7 @@ from fishr.reports.comparison import (
 from fishr.reports.tables import one_line
 from fishr.space import Distribution, LogUniform, draw
 from fishr.training import AverageConfig, Observer, RunConfig, RunCost, RunResult, measure_cost, train
-from fishr.training.config import Precision, settings_that_differ
+from fishr.training.config import Precision
 from fishr.workflows.plan import Extent, fit
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one description, on one machine or a cluster, each made once."""

@@ -1,0 +1,152 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fishr.cli import main
+from fishr.sweeps.folder import SweepFolder
+
+ARGUMENTS = [
+    *("--datasets", "colored-digits", "--algorithms", "erm", "fishr", "--test-domain", "-90%"),
+    *("--subset", "60", "--draws", "1", "--trials", "1", "--steps", "8", "--checkpoint-every", "4", "--slots", "1"),
+]
+
+
+def sweep(folder: Path, *arguments: str) -> int:
+    return main(["sweep", "run", *ARGUMENTS, "--output", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep") / "sweep"
+    assert sweep(folder, "--quiet") == 0
+    return folder
+
+
+def test_a_dry_run_says_what_it_would_take_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path / "sweep", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "2 runs: 1 dataset x 2 algorithms x held-out domains x 1 draw x 1 trial; 0 of them done" in said
+    assert re.search(r"about \d+ s for the others, 1 run at a time, \d+ threads? each; disk: 8\.0 kB, and up to", said)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_and_its_table(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(done), "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[:4] for line in lines[1:3]] == [
+        ["training", "colored-digits", "-90%", "erm"],
+        ["training", "colored-digits", "-90%", "fishr"],
+    ]
+    assert sorted(path.name for run in (done / "runs").iterdir() for path in run.iterdir()) == sorted(
+        2 * ["DONE", "config.json", "metrics.jsonl"]
+    )
+
+
+def test_called_again_it_makes_only_what_is_missing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(done) == 0
+    said = capsys.readouterr()
+    assert "2 of them done" in said.err
+    assert "2 runs done" in said.out
+    assert sweep(done, "--draws", "2", "--dry-run") == 0
+    assert "4 runs: 1 dataset x 2 algorithms x held-out domains x 2 draws x 1 trial; 2 of them done" in (
+        capsys.readouterr().err
+    )
+
+
+def test_status(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "status", str(done)]) == 0
+    assert "2 of 2 runs are done." in capsys.readouterr().out
+    assert main(["sweep", "status", str(done), "--json"]) == 0
+    states = [run["state"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert states == ["done", "done"]
+
+
+def test_status_names_failures_and_runs_at_work(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.plan({}, SweepFolder(done).jobs())
+    at_work, failed = (folder.runs / job.run for job in folder.jobs())
+    for run in (at_work, failed):
+        run.mkdir(parents=True)
+        original = done / "runs" / run.name
+        (run / "config.json").write_bytes((original / "config.json").read_bytes())
+        (run / "metrics.jsonl").write_bytes((original / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0])
+    (at_work / ".lease").touch()
+    (failed / "FAILED").write_text("Traceback\nloss is nan\n")
+    assert main(["sweep", "status", str(folder.path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"erm on colored-digits, held out\s+-90%, draw 0, trial 0\s.*\s4 .* 8 .*0 s", said)
+    assert "loss is nan" in said
+    assert "0 of 2 runs are done." in said
+
+    assert main(["sweep", "retry", str(folder.path)]) == 0
+    assert "Failures forgotten: 1;" in capsys.readouterr().out
+    assert main(["sweep", "retry", str(folder.path)]) == 0
+    assert "No run has failed." in capsys.readouterr().out
+
+
+def test_a_failed_run_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(tmp_path / "sweep", "--set", "lr=1e30") == 1
+    said = capsys.readouterr()
+    assert "failed: at step" in said.err
+    assert "0 runs done" in said.out
+    assert "2 runs failed: fishr sweep status" in said.err
+
+
+def test_a_stop_from_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "fishr.cli", "sweep", "run", *ARGUMENTS, "--output", str(folder)]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    wait_for_a_checkpoint(folder)
+    assert main(["sweep", "stop", str(folder)]) == 0
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"stopped; the runs are saved in {folder}: the same command continues" in said
+    assert not list(folder.glob("runs/*/.lease"))
+
+
+def test_an_interrupt_saves_the_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "fishr.cli", "sweep", "run", *ARGUMENTS, "--output", str(folder)]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    wait_for_a_checkpoint(folder)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithms", "fisr"], "unknown algorithm 'fisr'; did you mean 'fishr'?"),
+        (["--datasets", "colored-digitz"], "unknown dataset 'colored-digitz'; did you mean 'colored-digits'?"),
+        (["--test-domain", "-80%"], "unknown test domain of 'colored-digits' '-80%'"),
+        (["--executor", "slurm"], "unknown executor 'slurm'"),
+        (["--slots", "0"], "slots must be at least 1, got 0"),
+        (["--precision", "64"], "precision must be one of 32, bf16-mixed"),
+    ],
+)
+def test_mistakes_are_found_before_any_run(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path / "sweep", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_another_sweep_in_the_folder_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(done, "--steps", "9") == 2
+    assert "holds a sweep with other settings (steps: 8 → 9): choose another --output" in capsys.readouterr().err
+
+
+def wait_for_a_checkpoint(folder: Path) -> None:
+    until = time.monotonic() + 120
+    while not list(folder.glob("runs/*/checkpoints/step-*")):
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,0 +1,94 @@
+"""A Ray cluster of two nodes on one machine, one of which is killed."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fishr.errors import ConfigError
+from fishr.sweeps.on_ray import Share, make_runs
+from fishr.sweeps.runs import Order, make_run
+from small_runs import outcome
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fishr[ray]'")
+Orders = Callable[..., list[Order]]
+
+
+class Noted:
+    """What a sweep says, as texts."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_start(self, order: Order) -> None: ...
+
+    def on_outcome(self, order: Order, outcome: Any) -> None:
+        self.said.append(f"{outcome.state} {order.config.algorithm}{outcome.reason and ': '}{outcome.reason}")
+
+    def on_retry(self, order: Order, reason: str) -> None:
+        self.said.append(f"retry {order.config.algorithm}: {reason}")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def undisturbed(order: Order, folder: Path) -> Path:
+    """The same run, made in this process."""
+    assert make_run(replace(order, folder=folder)).state == "done"
+    return folder
+
+
+def test_a_node_and_a_process_are_killed_and_all_runs_end_as_if_they_were_not(
+    cluster: Any, orders: Orders, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    made = orders("erm", "fishr", steps=400) + orders("odd_runs:DiesOnce", "odd_runs:Fails")
+    begun = [order.folder / "checkpoints/step-00000012" for order in made[:2]]
+    noted = Noted()
+
+    def kill_a_node() -> bool:
+        """Once both runs have a checkpoint; it is asked whether to stop, and never says so."""
+        if nodes and all(checkpoint.exists() for checkpoint in begun):
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.clear()
+        return False
+
+    assert make_runs(made, noted, address=cluster.address, share=Share(cpus=1), retries=2, should_stop=kill_a_node)
+    assert sorted(line for line in noted.said if not line.startswith("retry")) == [
+        "done erm",
+        "done fishr",
+        "done odd_runs:DiesOnce",
+        "failed odd_runs:Fails: ZeroDivisionError: of two lines",
+    ]
+    retried = [line.split(":")[0] for line in noted.said if line.startswith("retry")]
+    assert len(retried) == 2
+    assert "retry odd_runs" in retried
+    for number, order in enumerate(made[:3]):
+        assert outcome(order.folder) == outcome(undisturbed(order, tmp_path / str(number)))
+
+
+def test_a_stop_saves_the_runs(cluster: Any, orders: Orders, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    (order,) = made = orders("erm", steps=400)
+
+    def run(should_stop: Callable[[], bool]) -> bool:
+        return make_runs(made, Noted(), address=cluster.address, share=Share(), retries=0, should_stop=should_stop)
+
+    assert not run((order.folder / "checkpoints/step-00000012").exists)
+    assert not (order.folder / "DONE").exists()
+    assert not (order.folder / ".lease").exists()
+    assert run(lambda: False)
+    assert outcome(order.folder) == outcome(undisturbed(order, tmp_path / "alone"))
+
+
+def test_without_a_cluster(orders: Orders) -> None:
+    with pytest.raises(ConfigError, match="there is no Ray cluster to be found at auto"):
+        make_runs(orders("erm"), Noted(), address="auto", share=Share(), retries=0, should_stop=lambda: False)
