@@ -76,7 +76,9 @@ def _write_run(folder: Path, dataset: str, algorithm: str, test_envs: tuple[int,
     run = folder / f"{crc32(repr((dataset, algorithm, test_envs, draw, trial)).encode()):08x}"
     run.mkdir(parents=True)
     steps = STEPS[:2] if draw == 2 and trial == 0 else STEPS  # killed, without done
+    if draw == 3 and trial == 1:  # started again, and killed then
+        steps = (*STEPS, *STEPS[:2])
     records = [record(dataset, algorithm, test_envs, draw, trial, step) for step in steps]
     (run / "results.jsonl").write_text("".join(json.dumps(each, sort_keys=True) + "\n" for each in records))
-    if steps == STEPS:
+    if steps[: len(STEPS)] == STEPS:
         (run / "done").write_text("done")

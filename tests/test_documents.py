@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 
 from fishr.cli.app import app, spread_values
+from fishr.cli.config_file import with_config_file
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,8 +36,10 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_commands_parse(arguments):
-    command, arguments = get_command(app), spread_values(arguments)
+def test_commands_parse(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = get_command(app)
+    arguments = with_config_file(command, spread_values(arguments)).arguments
     while hasattr(command, "commands"):
         command, arguments = command.commands[arguments[0]], arguments[1:]
     command.make_context("fishr", arguments)

@@ -86,6 +86,12 @@ def test_the_oracle_looks_at_the_last_checkpoint_only() -> None:
     assert chosen(RULES["oracle"]([run], "a")) == (100, 0.3, 0.2)
 
 
+def test_the_last_checkpoint_is_that_with_the_highest_step() -> None:
+    """DomainBed writes on in the same file when a run is started again."""
+    run = history(steps=(0, 100, 0), a_in=[0.1, 0.2, 0.3], a_out=[0.1, 0.3, 0.9], b_out=[0.5] * 3)
+    assert chosen(RULES["oracle"]([run], "a")) == (100, 0.3, 0.2)
+
+
 def test_the_oracle_says_nothing_of_a_run_that_has_not_come_to_the_out_split() -> None:
     assert RULES["oracle"]([history(a_in=[0.9, 0.2], a_out=[np.nan, np.nan], b_out=[0.5, 0.5])], "a") is None
 

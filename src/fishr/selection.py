@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fishr.records import RunHistory
+from fishr.records import SPLITS, RunHistory
+
+IN, OUT = SPLITS.index("in"), SPLITS.index("out")
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,10 @@ The runs are those of one dataset, algorithm, trial and draw that hold the domai
 
 def training_domain_validation(runs: Sequence[RunHistory], held_out: str) -> Selected | None:
     """The checkpoint with the best mean accuracy on the out-splits of the training domains; of equals the first."""
-
-    def validation(run: RunHistory) -> NDArray[np.float64]:
-        of_others = [run.accuracy(domain, "out") for domain in _others(run, held_out)]
-        means: NDArray[np.float64] = np.stack(of_others, axis=1).mean(axis=1)
-        return means
-
-    return _first_of_best(_best_checkpoint(run, held_out, validation(run)) for run in _alone(runs, held_out))
+    return _first_of_best(
+        _best_checkpoint(run, held_out, np.ascontiguousarray(run.accuracies[OUT][:, others]).mean(axis=1))
+        for run, others in _alone(runs, held_out)
+    )
 
 
 def leave_one_domain_out(runs: Sequence[RunHistory], held_out: str) -> Selected | None:
@@ -55,37 +54,33 @@ def leave_one_domain_out(runs: Sequence[RunHistory], held_out: str) -> Selected 
     At each step, validation is the mean over every other domain v of v's in-accuracy at that step in the run that holds
     out v too. Steps that one of those runs lacks do not count; of equals the first is chosen.
     """
-    left_out: dict[str, dict[int, float]] = defaultdict(dict)
+    left_out: dict[int, dict[int, float]] = defaultdict(dict)
     for run in runs:
         if len(run.test_domains) == 2:
-            other = next(domain for domain in run.test_domains if domain != held_out)
-            left_out[other].update(zip(run.steps.tolist(), run.accuracy(other, "in").tolist(), strict=True))
+            other = run.domains.index(next(domain for domain in run.test_domains if domain != held_out))
+            left_out[other].update(zip(run.steps.tolist(), run.accuracies[IN][:, other].tolist(), strict=True))
 
     alone = _alone(runs, held_out)
-    times = Counter(step for run in alone for step in run.steps.tolist())
+    times = Counter(step for run, _ in alone for step in run.steps.tolist())
 
-    def validation(run: RunHistory) -> NDArray[np.float64]:
-        of_others = [left_out[domain] for domain in _others(run, held_out)]
-        return np.array(
-            [
-                np.mean([of_other[step] for of_other in of_others])
-                if times[step] == 1 and all(step in of_other for of_other in of_others)
-                else np.nan
-                for step in run.steps.tolist()
-            ]
-        )
+    def validation(run: RunHistory, others: Sequence[int]) -> NDArray[np.float64]:
+        missing = dict.fromkeys(step for step, count in times.items() if count > 1)
+        of_others = [[(left_out[other] | missing).get(step) for step in run.steps.tolist()] for other in others]
+        means: NDArray[np.float64] = np.array(of_others, dtype=np.float64).T.copy().mean(axis=1)
+        return means
 
-    return _first_of_best(_best_checkpoint(run, held_out, validation(run)) for run in alone)
+    return _first_of_best(_best_checkpoint(run, held_out, validation(run, others)) for run, others in alone)
 
 
 def test_domain_validation(runs: Sequence[RunHistory], held_out: str) -> Selected | None:
     """The last checkpoint, with its accuracy on the out-split of the held-out domain itself: an oracle."""
-    last = [
-        Selected(run, int(run.steps[-1]), float(run.accuracy(held_out, "out")[-1]), _reported(run, held_out, -1))
-        for run in _alone(runs, held_out)
-    ]
-    judged = [selected for selected in last if not np.isnan(selected.validation)]
-    return max(reversed(judged), key=lambda selected: selected.step, default=None)
+    last = []
+    for run, _ in _alone(runs, held_out):
+        checkpoint = len(run.steps) - 1 - int(run.steps[::-1].argmax())
+        validation = run.accuracy(held_out, "out")[checkpoint]
+        if not np.isnan(validation):
+            last.append(_selected(run, held_out, checkpoint, validation))
+    return max(reversed(last), key=lambda selected: selected.step, default=None)
 
 
 RULES: Mapping[str, Rule] = {
@@ -115,14 +110,15 @@ def best_draw(selected: Sequence[Selected]) -> Selected:
     return max(reversed(selected), key=lambda each: each.validation)
 
 
-def _others(run: RunHistory, held_out: str) -> list[str]:
-    """Domains of which validation is the mean: those with an out-split in use, but for the held-out one."""
-    return [domain for domain in run.validated_domains if domain != held_out]
-
-
-def _alone(runs: Sequence[RunHistory], held_out: str) -> list[RunHistory]:
-    """Runs that hold out no other domain, but for those that evaluated no out-split."""
-    return [run for run in runs if len(run.test_domains) == 1 and _others(run, held_out)]
+def _alone(runs: Sequence[RunHistory], held_out: str) -> list[tuple[RunHistory, list[int]]]:
+    """Runs that hold out no other domain, each with the columns of the other domains whose out-split was evaluated."""
+    found = []
+    for run in runs:
+        if len(run.test_domains) == 1:
+            others = [run.domains.index(domain) for domain in run.validated_domains if domain != held_out]
+            if others:
+                found.append((run, others))
+    return found
 
 
 def _best_checkpoint(run: RunHistory, held_out: str, validation: NDArray[np.float64]) -> Selected | None:
@@ -130,11 +126,12 @@ def _best_checkpoint(run: RunHistory, held_out: str, validation: NDArray[np.floa
     if np.isnan(validation).all():
         return None
     best = int(np.nanargmax(validation))
-    return Selected(run, int(run.steps[best]), float(validation[best]), _reported(run, held_out, best))
+    return _selected(run, held_out, best, validation[best])
 
 
-def _reported(run: RunHistory, held_out: str, checkpoint: int) -> float:
-    return float(run.accuracy(held_out, "in")[checkpoint])
+def _selected(run: RunHistory, held_out: str, checkpoint: int, validation: float) -> Selected:
+    reported = run.accuracy(held_out, "in")[checkpoint]
+    return Selected(run, int(run.steps[checkpoint]), float(validation), float(reported))
 
 
 def _first_of_best(selected: Iterable[Selected | None]) -> Selected | None:

@@ -1,15 +1,19 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fishr.cli import main
+from fishr.records import read_records
 from fishr.sweeps.folder import SweepFolder
+from fishr.training import RunConfig
 
 ARGUMENTS = [
     *("--datasets", "colored-digits", "--algorithms", "erm", "fishr", "--test-domain", "-90%"),
@@ -46,6 +50,17 @@ def test_a_sweep_and_its_table(done: Path, capsys: pytest.CaptureFixture[str]) -
     assert sorted(path.name for run in (done / "runs").iterdir() for path in run.iterdir()) == sorted(
         2 * ["DONE", "config.json", "metrics.jsonl"]
     )
+
+
+def test_a_report_says_how_many_planned_runs_have_no_record(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = SweepFolder(tmp_path)
+    half.plan({}, SweepFolder(done).jobs())
+    first = half.jobs()[0].run
+    shutil.copytree(done / "runs" / first, half.runs / first)
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"1 of 2 runs planned in {tmp_path} have no record yet" in capsys.readouterr().err
 
 
 def test_called_again_it_makes_only_what_is_missing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,3 +165,35 @@ def wait_for_a_checkpoint(folder: Path) -> None:
     while not list(folder.glob("runs/*/checkpoints/step-*")):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_the_best_draws_are_configs_that_train_takes(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run that they make is the one of the sweep, to the same records."""
+    assert main(["report", str(done), "--best-configs", str(tmp_path / "best")]) == 0
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [
+        "colored-digits-erm--90%.yaml",
+        "colored-digits-fishr--90%.yaml",
+    ]
+    capsys.readouterr()
+    for config in (tmp_path / "best").iterdir():
+        assert main(["train", "--config", str(config), "--output", str(tmp_path / config.stem)]) == 0
+        name = RunConfig.from_dict(config_of(tmp_path / config.stem)).hash
+        ours, theirs = (read_records(run / "metrics.jsonl") for run in (tmp_path / config.stem, done / "runs" / name))
+        assert [record.domains for record in ours] == [record.domains for record in theirs]
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "config.json").read_text())
+    del content["format"]
+    return content
+
+
+def test_best_configs_are_of_sweeps_and_one_rule(
+    done: Path, domainbed_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(domainbed_sweep), "--best-configs", str(tmp_path)]) == 2
+    assert "there is no sweep in" in capsys.readouterr().err
+    assert main(["report", str(done), "--best-configs", str(tmp_path), "--selection", "all"]) == 2
+    assert "--best-configs needs one --selection" in capsys.readouterr().err

@@ -84,6 +84,23 @@ def test_a_whole_sweep_has_no_remarks(histories: list[RunHistory]) -> None:
     assert results(whole, "training").remarks == {"pacs": []}
 
 
+def test_an_average_without_a_domain_that_nobody_holds_out_is_none(histories: list[RunHistory]) -> None:
+    some = [history for history in histories if history.dataset == "pacs" and "photo" not in history.test_domains]
+    ours = results(some, "training")
+    assert list(ours.datasets["pacs"][0].cells) == ["art_painting", "cartoon", "sketch"]
+    assert [each.average for each in ours.datasets["pacs"]] == [None] * 3
+    assert ours.remarks["pacs"][0] == "no run holds out photo"
+
+
+def test_runs_that_say_to_be_the_same_are_named(histories: list[RunHistory]) -> None:
+    run = histories[0]
+    twice = [*histories, replace(run, folder="elsewhere")]
+    assert (
+        f"1 runs lie in two folders or more, and count together (such as {run.folder}, elsewhere)"
+        in (results(twice, "training").remarks[run.dataset])
+    )
+
+
 def test_runs_that_should_share_a_setting_and_do_not_are_named(histories: list[RunHistory]) -> None:
     longer = [replace(histories[0], protocol={"steps": 5001, "model.name": "cnn"}), *histories[1:]]
     remarks = results(longer, "training").remarks[histories[0].dataset]
@@ -139,15 +156,34 @@ def test_every_format_says_all_numbers(output_format: str, histories: list[RunHi
         assert name in text
 
 
-def test_csv_has_a_line_for_each_number(histories: list[RunHistory]) -> None:
-    lines = list(csv.DictReader(FORMATS["csv"]([results(histories, "training")]).splitlines()))
-    (cell,) = [
-        line for line in lines if (line["dataset"], line["held_out"], line["algorithm"]) == ("pacs", "photo", "erm")
-    ]
-    assert cell["selection"] == "training"
-    assert f"{float(cell['accuracy']):.1f} {float(cell['error']):.1f} {cell['trials']}" == "80.3 4.9 3"
-    (average,) = [line for line in lines if (line["dataset"], line["algorithm"]) == ("", "erm")]
-    assert f"{float(average['accuracy']):.1f}" == "69.9"
+def test_csv_has_all_numbers(histories: list[RunHistory]) -> None:
+    ours = results(histories, "training")
+    lines = list(csv.DictReader(FORMATS["csv"]([ours]).splitlines()))
+
+    def line(dataset: str, held_out: str, algorithm: str) -> dict[str, str]:
+        (found,) = [
+            each
+            for each in lines
+            if (each["dataset"], each["held_out"], each["algorithm"]) == (dataset, held_out, algorithm)
+        ]
+        return found
+
+    cell = line("pacs", "photo", "erm")
+    assert (f"{float(cell['accuracy']):.1f}", f"{float(cell['error']):.1f}", cell["trials"]) == ("80.3", "4.9", "3")
+    of_dataset = line("pacs", "", "vrex")
+    assert (f"{float(of_dataset['accuracy']):.1f}", f"{float(of_dataset['error']):.1f}") == ("68.9", "4.1")
+    assert f"{float(of_dataset['difference']):.1f}" == "-1.7"
+    average = line("", "", "vrex")
+    assert f"{float(average['accuracy']):.1f}" == "74.8"
+    assert float(average["rank"]) == pytest.approx(ours.ranks["vrex"])
+    assert float(average["hours"]) == pytest.approx(row(ours.averages, "vrex").hours)
+    assert line("rotated-mnist", "75", "fishr")["accuracy"] == ""
+
+
+def test_ranks_are_in_the_last_table(histories: list[RunHistory]) -> None:
+    colored = [history for history in histories if history.dataset == "colored-mnist"]
+    assert "mean rank" in FORMATS["text"]([results(colored, "training")])
+    assert FORMATS["text"]([results(histories, "training")]).count("mean rank") == 1
 
 
 def test_json_reads_back(histories: list[RunHistory]) -> None:

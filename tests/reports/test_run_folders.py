@@ -133,10 +133,39 @@ def test_a_run_that_two_paths_lead_to_counts_once(tmp_path: Path) -> None:
     assert len(read_histories([tmp_path, tmp_path / "runs"]).histories) == 1
 
 
-def test_a_link_that_leads_back_ends_the_walk(tmp_path: Path) -> None:
+def test_links_are_not_followed(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/0a")
     (tmp_path / "runs/back").symlink_to(tmp_path)
-    assert len(read_histories([tmp_path]).histories) == 1
+    (tmp_path / "best").symlink_to(tmp_path / "runs/0a")
+    for _ in range(2):  # the second time there is an index
+        assert len(read_histories([tmp_path]).histories) == 1
+
+
+def test_a_path_through_a_link_leads_to_the_same_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "sweep/runs/0a")
+    (tmp_path / "link").symlink_to(tmp_path / "sweep")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_histories([Path("sweep"), tmp_path / "sweep", tmp_path / "link"]).histories) == 1
+
+
+def test_folders_that_cannot_be_looked_into_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "0a")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    original = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path.endswith("locked"):
+            raise PermissionError(13, os.strerror(13), path)
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = read_histories([tmp_path])
+    assert len(found.histories) == 1
+    assert found.problems == {
+        str(tmp_path / "locked"): "cannot be read (PermissionError)",
+        str(tmp_path / "?"): "cannot be read (UnicodeEncodeError)",
+    }
 
 
 @pytest.mark.parametrize("write", [write_run, write_theirs])
@@ -188,6 +217,12 @@ def test_errors_name_the_path(tmp_path: Path) -> None:
 # The index
 
 
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests write counts as written long ago."""
+    monkeypatch.setattr(run_folders, "JUST_NOW_NS", 0)
+
+
 def comparable(histories: list[RunHistory]) -> list[Any]:
     return [
         [value.tolist() if isinstance(value, np.ndarray) else value for value in vars(history).values()]
@@ -195,6 +230,7 @@ def comparable(histories: list[RunHistory]) -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("old")
 def test_the_index_says_what_the_files_say(tmp_path: Path, folders_read: list[str]) -> None:
     write_run(tmp_path / "0a")
     write_run(tmp_path / "0b", steps=(300,), test_domains=["photo", "sketch"])
@@ -206,6 +242,14 @@ def test_the_index_says_what_the_files_say(tmp_path: Path, folders_read: list[st
     assert not folders_read
 
 
+def test_what_was_written_just_now_is_read_again(tmp_path: Path, folders_read: list[str]) -> None:
+    write_run(tmp_path / "0a")
+    read_histories([tmp_path])
+    read_histories([tmp_path])
+    assert folders_read == ["0a", "0a"]
+
+
+@pytest.mark.usefixtures("old")
 def test_only_runs_that_changed_are_read_again(tmp_path: Path, folders_read: list[str]) -> None:
     for name in ("changed", "finished", "removed", "same"):
         write_run(tmp_path / name, steps=(300,))

@@ -66,12 +66,19 @@ def test_what_is_no_sweep(content: str | None, message: str, tmp_path: Path) -> 
         SweepFolder(tmp_path).settings()
 
 
-def test_a_plan_whose_last_line_was_cut_off_loses_that_line_only(tmp_path: Path) -> None:
+def test_what_a_process_was_writing_when_it_was_killed_is_nobody_elses(tmp_path: Path) -> None:
+    (tmp_path / ".sweep.json.1234").touch()
+    SweepFolder(tmp_path).plan(SETTINGS, JOBS)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
     sweep = SweepFolder(tmp_path)
-    sweep.plan(SETTINGS, JOBS)
-    jobs = tmp_path / "jobs.jsonl"
-    jobs.write_bytes(jobs.read_bytes()[:-5])
-    assert sweep.jobs() == JOBS[:-1]
+    sweep.plan(SETTINGS, JOBS[:2])
+    (begin(sweep, JOBS[0]) / "config.json").write_text("{")
+    (begin(sweep, JOBS[1]) / "FAILED").touch()
+    damaged, failed = sweep.progress()
+    assert damaged.reason.startswith("its files cannot be read (JSONDecodeError")
+    assert failed.reason == "for a reason that could not be written"
 
 
 def test_progress(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -11,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from fishr.errors import RunError
+from fishr.errors import ConfigError, RunError
 from fishr.sweeps import backlog, local
 from fishr.sweeps.grid import Source
 from fishr.sweeps.local import Slot
@@ -20,6 +22,7 @@ from fishr.sweeps.runs import Order, Outcome, make_run
 from small_runs import outcome
 
 Orders = Callable[..., list[Order]]
+ALL_CPUS = tuple(os.sched_getaffinity(0))
 
 
 class Noted:
@@ -47,7 +50,14 @@ def make_runs(
 ) -> list[str]:
     noted = noted or Noted()
     logs = orders[0].folder.parents[1] / "logs"
-    local.make_runs(orders, [Slot(n) for n in range(slots)], noted, logs=logs, retries=retries, should_stop=should_stop)
+    local.make_runs(
+        orders,
+        [Slot(number, ALL_CPUS) for number in range(slots)],
+        noted,
+        logs=logs,
+        retries=retries,
+        should_stop=should_stop,
+    )
     return noted.said
 
 
@@ -101,7 +111,7 @@ def test_a_failed_run_is_made_when_its_failure_is_forgotten(orders: Orders, tmp_
 
 def test_a_stop_saves_the_run_and_the_next_call_continues_it(orders: Orders, tmp_path: Path) -> None:
     (order,) = made = orders("erm", steps=600)
-    assert make_runs(made, should_stop=(order.folder / "checkpoints/step-00000012").exists) == ["start erm"]
+    assert make_runs(made, should_stop=lambda: has_a_checkpoint(order)) == ["start erm"]
     assert not (order.folder / "DONE").exists()
     assert make_runs(made) == ["start erm", "done erm"]
     assert outcome(order.folder) == outcome(undisturbed(order, tmp_path / "alone"))
@@ -123,12 +133,12 @@ def test_when_the_driver_is_killed_its_processes_save_their_runs_and_leave(order
             def on_retry(self, order, reason): ...
 
         order = Order.from_dict(json.loads(Path({str(tmp_path / "order.json")!r}).read_text()))
-        make_runs([order], [Slot(0)], Silent(), logs=Path({str(tmp_path / "logs")!r}), retries=0,
+        make_runs([order], [Slot(0, (0,))], Silent(), logs=Path({str(tmp_path / "logs")!r}), retries=0,
                   should_stop=lambda: False)
         """
     )
     driver = subprocess.Popen([sys.executable, "-c", script])
-    wait_for((order.folder / "checkpoints/step-00000012").exists)
+    wait_for(lambda: has_a_checkpoint(order))
     driver.kill()
     driver.wait()
     wait_for(lambda: not (order.folder / ".lease").exists())
@@ -171,11 +181,49 @@ def test_a_process_that_cannot_start_says_where_to_look(
         make_runs(orders("erm"))
 
 
-def test_a_slot_has_its_own_cpus_and_gpu() -> None:
-    environment = local._environment(Slot(1, (2, 3), "1"))
-    assert environment["OMP_NUM_THREADS"] == "2"
-    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
-    assert "CUDA_VISIBLE_DEVICES" not in local._environment(Slot(0)) or "CUDA_VISIBLE_DEVICES" in os.environ
+def test_a_slot_has_its_own_cpus_and_gpu(tmp_path: Path) -> None:
+    cpu = ALL_CPUS[0]
+    assert local._environment(Slot(1, (2, 3), "1"))["OMP_NUM_THREADS"] == "2"
+    assert local._environment(Slot(1, (2, 3), "1"))["CUDA_VISIBLE_DEVICES"] == "1"
+    worker = local._Worker(Slot(0, (cpu,)), tmp_path, queue.SimpleQueue())
+    assert os.sched_getaffinity(worker.process.pid) == {cpu}
+    worker.dismiss()
+    assert worker.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "cpus", "expected"),
+    [
+        (2, 4, [(0, 1), (2, 3)]),
+        (None, 2, [(0,), (1,)]),
+        (2, 3, [(0,), (1, 2)]),
+        (3, 2, [(0,), (0,), (1,)]),
+    ],
+)
+def test_cpus_are_dealt_out(
+    count: int | None, cpus: int, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert [slot.cpus for slot in local.slots(count, "cpu")] == expected
+
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "torch_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot.gpu for slot in local.slots(None, "auto")] == ["0", "1"]
+    assert [slot.gpu for slot in local.slots(3, "auto")] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert [slot.gpu for slot in local.slots(None, "auto")] == ["3", "GPU-abc"]
+
+
+def test_a_machine_needs_a_slot() -> None:
+    with pytest.raises(ConfigError, match="slots must be at least 1, got 0"):
+        local.slots(0, "cpu")
+
+
+def has_a_checkpoint(order: Order) -> bool:
+    return any((order.folder / "checkpoints").glob("step-*"))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

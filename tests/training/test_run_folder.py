@@ -335,12 +335,32 @@ def leased_elsewhere(folder: RunFolder) -> Iterator[Path]:
     yield lease
 
 
+def long_ago(path: Path) -> None:
+    an_hour_ago = time.time() - 3600
+    os.utime(path, (an_hour_ago, an_hour_ago))
+
+
 def test_a_run_whose_process_on_another_machine_went_silent_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(run_folder, "TAKEOVER_SECONDS", 0.3)
     folder = RunFolder(tmp_path / "run", run_config())
-    with leased_elsewhere(folder), folder.alone():
+    with leased_elsewhere(folder) as lease:
+        with pytest.raises(RunBusyError), folder.alone():  # it may be alive
+            pass
+        long_ago(lease)
+        with folder.alone():
+            pass
+
+
+def test_a_lease_that_nobody_came_to_write_is_no_lease(tmp_path: Path) -> None:
+    """A power failure leaves an empty file."""
+    folder = RunFolder(tmp_path / "run", run_config())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lease").touch()
+    long_ago(tmp_path / "run/.lease")
+    with folder.alone():
         pass
 
 
@@ -358,15 +378,14 @@ def test_a_process_that_was_silent_for_too_long_writes_nothing(
     digits: MultiDomainDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lease is another's, as it is after a machine has slept."""
-    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.15)
     lease = tmp_path / "run/.lease"
 
     def lose() -> None:
+        theirs = re.sub("token=.*", f"token={'0' * 32}", lease.read_text())
         lease.unlink()
-        lease.write_text("of another process")
-        time.sleep(0.3)
+        lease.write_text(theirs)
 
-    with pytest.raises(RunBusyError, match="another process may have taken over the run"):
+    with pytest.raises(RunBusyError, match="another process has taken over the run"):
         train(run_config(), digits, tmp_path / "run", device="cpu", observer=AtStep(5, lose))
     assert [record.step for record in read_records(tmp_path / "run/metrics.jsonl")] == [4]
 

@@ -62,17 +62,21 @@ def with_config_file(command: Any, arguments: Sequence[str]) -> Expanded:
     at = rest.index(NAME)
     file = Path(rest[at + 1])
     del rest[at : at + 2]
+    if NAME in rest:
+        raise ConfigError(f"{NAME} is given twice")
     given: list[str] = []
     places: dict[str, str] = {}
+    seen: set[str] = set()
     for line, key, value in _entries(file):
         option, place = f"--{key.replace('_', '-')}", f"{file}, line {line}"
         if option not in options or option in (NAME, "--help"):
             names = [name.removeprefix("--") for name in options if name.startswith("--")]
             raise ConfigError(f"{place}: {unknown('key', key, set(names) - {'config', 'help'})}")
-        if option in places:
+        if option in seen:
             raise ConfigError(f"{place}: {key} is given twice")
-        places[option] = place
+        seen.add(option)
         if not any(argument.partition("=")[0] == option for argument in rest):
+            places[option] = place
             try:
                 given += _as_arguments(option, options[option], value)
             except ValueError as error:

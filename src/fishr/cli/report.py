@@ -1,11 +1,14 @@
 """``fishr report``."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from fishr.cli.console import Quiet, print_line, print_notice, run_progress, stderr
-from fishr.errors import RunError
+from fishr.errors import ConfigError, RunError
+from fishr.files import write_text
 from fishr.registry import unknown
 
 
@@ -20,6 +23,12 @@ def report(
         "--fixed-config",
         help="Only draw 0, whose hyperparameters all trials share: errors are over seeds alone.",
     ),
+    best_configs: Path | None = typer.Option(
+        None,
+        "--best-configs",
+        metavar="FOLDER",
+        help="Write the best draw for each held-out domain as YAML, which fishr train --config takes.",
+    ),
     quiet: bool = Quiet,
 ) -> None:
     """Tables of a sweep's results, or of DomainBed's output folders, or of both together.
@@ -31,11 +40,15 @@ def report(
         fishr report runs/sweep --selection all
 
         fishr report runs/sweep domainbed/output --format latex
+
+        fishr report runs/sweep --best-configs best
     """
     from fishr.reports.benchmark import results
+    from fishr.reports.best_configs import best_configs as configs_of
     from fishr.reports.render import FORMATS
     from fishr.reports.run_folders import read_histories
     from fishr.selection import RULES
+    from fishr.sweeps.folder import SweepFolder
 
     if selection not in (*RULES, "all"):
         raise unknown("selection rule", selection, (*RULES, "all"))
@@ -49,8 +62,26 @@ def report(
         folders.setdefault(reason, []).append(folder)
     for reason, of_reason in folders.items():
         print_notice(f"warning: {len(of_reason)} of the folders left out, {of_reason[0]} the first: {reason}")
+    for path in paths:
+        planned = {job.run for job in SweepFolder(path).jobs()}
+        if missing := len(planned - {Path(history.folder).name for history in found.histories}):
+            print_notice(f"{missing:,} of {len(planned):,} runs planned in {path} have no record yet")
     histories = [history for history in found.histories if history.draw == 0 or not fixed_config]
     if not histories:
         raise RunError("there is nothing to report: no run" + (" of draw 0" if fixed_config else "") + " has a record")
+    if best_configs is not None:
+        if selection == "all":
+            raise ConfigError("--best-configs needs one --selection")
+        _write(best_configs, configs_of(histories, selection))
     rules = RULES if selection == "all" else (selection,)
     print_line(FORMATS[output_format]([results(histories, rule) for rule in rules]).rstrip())
+
+
+def _write(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each config as a YAML file."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, options in configs.items():
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(dict(options), sort_keys=False))
+    print_notice(f"{len(configs)} configs written to {folder}")

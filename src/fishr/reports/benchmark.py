@@ -5,9 +5,10 @@ standard deviation over √n), in percent. Averages are of unrounded means.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,25 @@ class Results:
     remarks_on_averages: Sequence[str]
 
 
+Selections = Mapping[tuple[str, str, str], Mapping[int, Sequence[Selected]]]
+"""By dataset, algorithm and held-out domain, of each trial: the checkpoint selected of each draw."""
+
+
+def selections(histories: Sequence[RunHistory], rule: str) -> Selections:
+    """What one of :data:`fishr.selection.RULES` selects, of those trials of which it says something."""
+    runs: dict[tuple[str, str, str], dict[int, list[RunHistory]]] = defaultdict(lambda: defaultdict(list))
+    for history in histories:
+        for domain in history.test_domains:
+            runs[history.dataset, history.algorithm, domain][history.trial].append(history)
+    selected = {
+        cell: {trial: select_checkpoints(RULES[rule], of_trial, cell[-1]) for trial, of_trial in sorted(trials.items())}
+        for cell, trials in runs.items()
+    }
+    return {
+        cell: {trial: of_draws for trial, of_draws in trials.items() if of_draws} for cell, trials in selected.items()
+    }
+
+
 def results(histories: Sequence[RunHistory], rule: str) -> Results:
     """The results of a benchmark by one of :data:`fishr.selection.RULES`."""
     return _Benchmark(histories, rule).results()
@@ -116,14 +136,20 @@ class _Benchmark:
             self._ranks(),
             {
                 dataset: [
+                    *self._missing_domains(dataset),
                     *self._missing_trials(dataset),
                     *self._missing_draws(dataset),
                     *self._unfinished(dataset),
+                    *self._made_twice(dataset),
                     *self._protocols_that_differ(dataset),
                 ]
                 for dataset in self.datasets
             },
-            [f"{dataset}, {said}" for dataset in self.datasets for said in self._missing_trials(dataset)],
+            [
+                f"{dataset}, {said}"
+                for dataset in self.datasets
+                for said in (*self._missing_domains(dataset), *self._missing_trials(dataset))
+            ],
         )
 
     # What there is
@@ -136,28 +162,33 @@ class _Benchmark:
         return runs
 
     @cached_property
-    def selected(self) -> Mapping[tuple[str, str, str], Mapping[int, Sequence[Selected]]]:
-        """By dataset, algorithm and held-out domain, of each trial: the checkpoint selected of each draw."""
-        runs: dict[tuple[str, str, str], dict[int, list[RunHistory]]] = defaultdict(lambda: defaultdict(list))
-        for history in self.histories:
-            for domain in history.test_domains:
-                runs[history.dataset, history.algorithm, domain][history.trial].append(history)
-        rule = RULES[self.rule]
-        selected = {
-            cell: {trial: select_checkpoints(rule, of_trial, cell[-1]) for trial, of_trial in sorted(trials.items())}
-            for cell, trials in runs.items()
-        }
+    def selected(self) -> Selections:
+        return selections(self.histories, self.rule)
+
+    @cached_property
+    def held_out(self) -> Mapping[str, Sequence[str]]:
+        """Domains of each dataset that a run holds out, in the dataset's order."""
+        return {dataset: _of_runs(runs, lambda run: run.test_domains) for dataset, runs in self.of_dataset.items()}
+
+    @cached_property
+    def never_held_out(self) -> Mapping[str, Sequence[str]]:
+        """Domains of each dataset that runs train on, and none holds out."""
         return {
-            cell: {trial: of_draws for trial, of_draws in trials.items() if of_draws}
-            for cell, trials in selected.items()
+            dataset: [
+                domain
+                for domain in _of_runs(runs, lambda run: run.validated_domains)
+                if domain not in self.held_out[dataset]
+            ]
+            for dataset, runs in self.of_dataset.items()
         }
 
-    def domains(self, dataset: str) -> list[str]:
-        """Domains that a run holds out, in the dataset's order."""
-        runs = self.of_dataset[dataset]
-        held_out = {domain for run in runs for domain in run.test_domains}
-        known = dict.fromkeys(domain for run in runs for domain in run.domains)
-        return [domain for domain in known if domain in held_out]
+    @cached_property
+    def hours(self) -> Mapping[tuple[str, str], float]:
+        """Training time by dataset and algorithm."""
+        hours: dict[tuple[str, str], float] = defaultdict(float)
+        for run in self.histories:
+            hours[run.dataset, run.algorithm] += run.hours
+        return hours
 
     def trials(self, dataset: str, algorithm: str, domain: str) -> Mapping[int, float]:
         """Of each trial the accuracy of its best draw."""
@@ -168,21 +199,21 @@ class _Benchmark:
 
     def _row_of_dataset(self, dataset: str, algorithm: str) -> Row:
         cells = {
-            domain: _estimate(self.trials(dataset, algorithm, domain).values()) for domain in self.domains(dataset)
+            domain: _estimate(self.trials(dataset, algorithm, domain).values()) for domain in self.held_out[dataset]
         }
         return Row(
             algorithm,
             cells,
-            _average(cells.values()),
+            None if self.never_held_out[dataset] else _average(cells.values()),
             self._difference([dataset], algorithm),
-            self._hours([dataset], algorithm),
+            self.hours[dataset, algorithm],
         )
 
     def _row_of_averages(self, algorithm: str) -> Row:
         cells = {}
         for dataset in self.datasets:
             of_trials: dict[int, list[float]] = defaultdict(list)
-            for domain in self.domains(dataset):
+            for domain in self.held_out[dataset]:
                 for trial, accuracy in self.trials(dataset, algorithm, domain).items():
                     of_trials[trial].append(accuracy)
             cells[dataset] = _estimate([float(np.mean(accuracies)) for _, accuracies in sorted(of_trials.items())])
@@ -191,11 +222,8 @@ class _Benchmark:
             cells,
             _average(cells.values()),
             self._difference(self.datasets, algorithm),
-            self._hours(self.datasets, algorithm),
+            sum(self.hours[dataset, algorithm] for dataset in self.datasets),
         )
-
-    def _hours(self, datasets: Iterable[str], algorithm: str) -> float:
-        return sum(run.hours for name in datasets for run in self.of_dataset[name] if run.algorithm == algorithm)
 
     def _difference(self, datasets: Iterable[str], algorithm: str) -> Interval | None:
         """Mean over datasets of the difference to the baseline, paired over held-out domains and trials."""
@@ -204,7 +232,7 @@ class _Benchmark:
         pairs = []
         for dataset in datasets:
             of_dataset = []
-            for domain in self.domains(dataset):
+            for domain in self.held_out[dataset]:
                 ours, baseline = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
                 of_dataset += [100 * (ours[trial] - baseline[trial]) for trial in ours if trial in baseline]
             if of_dataset:
@@ -217,7 +245,7 @@ class _Benchmark:
             name: [
                 _estimate(self.trials(dataset, name, domain).values())
                 for dataset in self.datasets
-                for domain in self.domains(dataset)
+                for domain in self.held_out[dataset]
             ]
             for name in self.algorithms
         }
@@ -232,13 +260,18 @@ class _Benchmark:
         ranks = rankdata(list(complete.values()), axis=0).mean(axis=1)
         return dict(zip(complete, ranks.tolist(), strict=True))
 
+    def _missing_domains(self, dataset: str) -> list[str]:
+        """Domains that nobody holds out: an average without them is none."""
+        domains = self.never_held_out[dataset]
+        return [f"no run holds out {', '.join(domains)}"] if domains else []
+
     def _missing_trials(self, dataset: str) -> list[str]:
         """Trials that others of the dataset have."""
         num_trials = len({run.trial for run in self.of_dataset[dataset]})
         counts = {
             (name, domain): len(self.selected.get((dataset, name, domain), {}))
             for name in self.algorithms
-            for domain in self.domains(dataset)
+            for domain in self.held_out[dataset]
         }
         return _sentences({of: f"{count} of {num_trials} trials" for of, count in counts.items() if count < num_trials})
 
@@ -259,12 +292,31 @@ class _Benchmark:
         count = sum(not run.done for run in runs)
         return [f"{count:,} of {len(runs):,} runs are not finished, and count as they are"] if count else []
 
+    def _made_twice(self, dataset: str) -> list[str]:
+        """Runs that say to be the same one: their checkpoints are taken for those of one run."""
+        folders: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for run in self.of_dataset[dataset]:
+            folders[run.algorithm, run.test_domains, run.draw, run.trial].append(run.folder)
+        twice = [of_run for of_run in folders.values() if len(of_run) > 1]
+        if not twice:
+            return []
+        return [
+            f"{len(twice):,} runs lie in two folders or more, and count together (such as {', '.join(twice[0][:2])})"
+        ]
+
     def _protocols_that_differ(self, dataset: str) -> list[str]:
         runs = self.of_dataset[dataset]
         protocols = [flat_settings(protocol) for protocol in {id(run.protocol): run.protocol for run in runs}.values()]
         shared = [name for name in protocols[0] if all(name in protocol for protocol in protocols)]
         values = {name: list(dict.fromkeys(str(protocol[name]) for protocol in protocols)) for name in shared}
         return [f"runs differ in {name}: {', '.join(of)}" for name, of in values.items() if len(of) > 1]
+
+
+def _of_runs(runs: Sequence[RunHistory], domains_of: Callable[[RunHistory], Collection[str]]) -> list[str]:
+    """Domains that any of the runs names, in the dataset's order."""
+    order = dict.fromkeys(domain for run in runs for domain in run.domains)
+    named = {domain for run in runs for domain in domains_of(run)}
+    return [domain for domain in order if domain in named]
 
 
 def _estimate(accuracies: Iterable[float]) -> Estimate | None:

@@ -39,7 +39,8 @@ def history(folder: Path, records: Sequence[Mapping[str, Any]]) -> RunHistory:
     if len(domains) != num_domains:
         domains = tuple(f"env{number}" for number in range(num_domains))
     steps = np.array([record["step"] for record in records])
-    seconds = np.array([record["step_time"] for record in records]) * np.diff(steps, prepend=-1)
+    new_steps = np.maximum(np.diff(steps, prepend=-1), 0)  # a run that was started again writes on in the same file
+    seconds = np.array([record["step_time"] for record in records]) * new_steps
     return RunHistory(
         folder=str(folder),
         dataset=dataset,

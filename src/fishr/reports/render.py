@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from fishr.reports.benchmark import Results, Row
+from fishr.reports.benchmark import Estimate, Results, Row
 from fishr.reports.comparison import BASELINE
 from fishr.reports.tables import latex_table, markdown_table, text_table
 
@@ -33,18 +33,20 @@ class Table:
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """One table for each dataset, and the averages where there are several."""
+    """One table for each dataset, and the averages where there are several; the last one has the ranks."""
+    several = len(results.datasets) > 1
     for dataset, rows in results.datasets.items():
-        yield Table(f"{dataset}, {TITLES[results.rule]}", *_cells(rows), results.remarks[dataset])
-    if len(results.datasets) > 1:
-        header, cells = _cells(results.averages)
-        ranks = [results.ranks.get(row.algorithm) for row in results.averages]
-        cells = [[*row, "" if rank is None else f"{rank:.1f}"] for row, rank in zip(cells, ranks, strict=True)]
-        yield Table(f"averages, {TITLES[results.rule]}", [*header, "mean rank"], cells, results.remarks_on_averages)
+        header, cells = _cells(rows, {} if several else results.ranks)
+        yield Table(f"{dataset}, {TITLES[results.rule]}", header, cells, results.remarks[dataset])
+    if several:
+        header, cells = _cells(results.averages, results.ranks)
+        yield Table(f"averages, {TITLES[results.rule]}", header, cells, results.remarks_on_averages)
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[Row], ranks: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     header = ["algorithm", *rows[0].cells, "average", f"difference to {BASELINE}", "hours"]
+    if ranks:
+        header.append("mean rank")
     cells = [
         [
             row.algorithm,
@@ -52,6 +54,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             "" if row.average is None else f"{row.average:.1f}",
             "" if row.difference is None else str(row.difference),
             f"{row.hours:.1f}",
+            *([f"{ranks[row.algorithm]:.1f}" if row.algorithm in ranks else ""] if ranks else []),
         ]
         for row in rows
     ]
@@ -86,23 +89,40 @@ def _joined(
 
 
 def as_csv(results: Sequence[Results]) -> str:
-    """A line for each number: of a held-out domain, of a dataset's average (no domain), of all (no dataset)."""
+    """A line for each held-out domain, for each dataset (no held-out domain) and for all (no dataset)."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("selection", "dataset", "held_out", "algorithm", "accuracy", "error", "trials"))
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for each in results:
         for dataset, rows in each.datasets.items():
             for row in rows:
+                of_row = {"selection": each.rule, "dataset": dataset, "algorithm": row.algorithm}
                 for domain, cell in row.cells.items():
-                    if cell is not None:
-                        writer.writerow((each.rule, dataset, domain, row.algorithm, cell.mean, cell.error, cell.trials))
+                    writer.writerow({**of_row, "held_out": domain, **_numbers(cell)})
+                of_trials = next(average for average in each.averages if average.algorithm == row.algorithm)
+                writer.writerow({**of_row, **_numbers(of_trials.cells[dataset]), **_of_row(row)})
         for row in each.averages:
-            for dataset, cell in row.cells.items():
-                if cell is not None:
-                    writer.writerow((each.rule, dataset, "", row.algorithm, cell.mean, cell.error, cell.trials))
-            if row.average is not None:
-                writer.writerow((each.rule, "", "", row.algorithm, row.average, "", ""))
+            of_all = {"accuracy": row.average, "rank": each.ranks.get(row.algorithm), **_of_row(row)}
+            writer.writerow({"selection": each.rule, "algorithm": row.algorithm, **of_all})
     return text.getvalue()
+
+
+CSV_COLUMNS = (
+    *("selection", "dataset", "held_out", "algorithm", "accuracy", "error", "trials"),
+    *("difference", "low", "high", "hours", "rank"),
+)
+
+
+def _numbers(cell: Estimate | None) -> dict[str, float]:
+    return {} if cell is None else {"accuracy": cell.mean, "error": cell.error, "trials": cell.trials}
+
+
+def _of_row(row: Row) -> dict[str, float]:
+    difference = row.difference
+    interval = (
+        {} if difference is None else {"difference": difference.mean, "low": difference.low, "high": difference.high}
+    )
+    return {**interval, "hours": row.hours}
 
 
 def as_json(results: Sequence[Results]) -> str:

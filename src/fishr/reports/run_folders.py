@@ -5,6 +5,7 @@ What was read is kept in ``.fishr-index.arrow`` in the folder asked for; only ru
 
 import json
 import os
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ SCHEMA = pa.schema(
     },
     {"format": "1"},
 )
+JUST_NOW_NS = 2 * 10**9
 CHUNK = 500
 """Runs that become rows at a time."""
 
@@ -92,7 +94,7 @@ def read_histories(paths: Sequence[Path], on_progress: OnProgress = lambda done,
         table, of_path = _read(path, on_progress)
         if table.num_rows == 0 and not of_path:
             raise RunError(f"there is no run in {path}: no folder with {CONFIG_FILE} or {domainbed.RECORDS}")
-        histories |= {history.folder: history for history in _histories(path, table)}
+        histories |= {history.folder: history for history in _histories(path.resolve(), table)}
         problems |= of_path
     return Found([histories[folder] for folder in sorted(histories)], problems)
 
@@ -107,22 +109,23 @@ def _read(top: Path, on_progress: OnProgress) -> tuple[pa.Table, dict[str, str]]
     known = dict(zip(index["folder"].to_pylist(), enumerate(stamps), strict=True))
     unchanged: list[int] = []
     changed: list[str] = []
-    for folder in _run_folders(top, known):
-        if folder in known and known[folder][1] == _stamp(top / folder):
+    problems: dict[str, str] = {}
+    for folder in _run_folders(top, known, problems):
+        if folder in known and known[folder][1] == _stamp(f"{top}/{folder}"):
             unchanged.append(known[folder][0])
         else:
             changed.append(folder)
 
-    tables, problems = [index.take(pa.array(unchanged, pa.int64()))], {}
+    tables = [index.take(pa.array(unchanged, pa.int64()))]
     for start in range(0, len(changed), CHUNK):
         on_progress(start, len(changed))
         rows = []
         for folder in changed[start : start + CHUNK]:
-            stamp = _stamp(top / folder)  # before the records are read: they may be written meanwhile
+            stamp = _stamp(f"{top}/{folder}")  # before the records are read: they may be written meanwhile
             try:
                 rows.append(_as_row(_read_run(top / folder), folder, stamp))
             except _UnreadableError as error:
-                problems[str(top / folder)] = str(error)
+                problems[_below(top, folder)] = str(error)
         tables.append(pa.Table.from_pylist(rows, SCHEMA))
     on_progress(len(changed), len(changed))
     table = pa.concat_tables(tables).combine_chunks()
@@ -131,38 +134,50 @@ def _read(top: Path, on_progress: OnProgress) -> tuple[pa.Table, dict[str, str]]
     return table, problems
 
 
-def _run_folders(top: Path, known: Container[str]) -> Iterator[str]:
-    """Folders of runs below ``top``, relative to it (``.`` is itself); those known without a look into them."""
-    waiting, seen = ["."], set()
+def _run_folders(top: Path, known: Container[str], problems: dict[str, str]) -> Iterator[str]:
+    """Folders of runs below ``top``, relative to it (``.`` is itself); those known without a look into them.
+
+    Links are not followed. Folders that cannot be looked into are added to the problems.
+    """
+    waiting = ["."]
     while waiting:
         folder = waiting.pop()
         if folder in known:
             yield folder
             continue
-        identity = (top / folder).stat()
-        if (identity.st_dev, identity.st_ino) in seen:  # a link leads back to where we have been
+        try:
+            folder.encode()
+            with os.scandir(f"{top}/{folder}") as entries:
+                inside = {entry.name: entry for entry in entries}
+        except (OSError, UnicodeEncodeError) as error:
+            problems[_below(top, folder)] = f"cannot be read ({type(error).__name__})"
             continue
-        seen.add((identity.st_dev, identity.st_ino))
-        with os.scandir(top / folder) as entries:
-            inside = {entry.name: entry for entry in entries}
         if CONFIG_FILE in inside or domainbed.RECORDS in inside:
             yield folder
         else:
             waiting += [
                 os.path.normpath(f"{folder}/{name}")
                 for name, entry in inside.items()
-                if not name.startswith(".") and entry.is_dir()
+                if not name.startswith(".") and entry.is_dir(follow_symlinks=False)
             ]
 
 
-def _stamp(folder: Path) -> tuple[int, int, int] | None:
-    """As :data:`STAMP` names it; None where there are no records."""
+def _below(top: Path, folder: str) -> str:
+    return os.path.normpath(f"{top}/{folder}").encode(errors="replace").decode()
+
+
+def _stamp(folder: str) -> tuple[int, int, int] | None:
+    """As :data:`STAMP` names it; None where there are no records, or they have just been written.
+
+    What is written twice within a tick of the file system's clock has the same stamp.
+    """
     for name in (RECORDS_FILE, domainbed.RECORDS):
-        try:
-            records = Path(folder, name).stat()
-        except FileNotFoundError:
-            continue
-        return folder.stat().st_mtime_ns, records.st_mtime_ns, records.st_size
+        with suppress(FileNotFoundError):
+            records = os.stat(f"{folder}/{name}")  # noqa: PTH116 - Path costs seconds at 100,000 runs
+            changed = os.stat(folder).st_mtime_ns  # noqa: PTH116
+            if time.time_ns() - max(changed, records.st_mtime_ns) < JUST_NOW_NS:
+                return None
+            return changed, records.st_mtime_ns, records.st_size
     return None
 
 
@@ -278,7 +293,7 @@ def _read_index(top: Path) -> pa.Table:
     try:
         with pa.OSFile(str(top / INDEX)) as file:
             table = pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowException):
         return SCHEMA.empty_table()
     return table if table.schema.equals(SCHEMA, check_metadata=True) else SCHEMA.empty_table()
 

@@ -5,8 +5,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from fishr.records import DONE_FILE, FAILED_FILE
-from fishr.sweeps.runs import Order, Outcome, SweepObserver, note_failure
+from fishr.records import DONE_FILE
+from fishr.sweeps.folder import failure
+from fishr.sweeps.runs import Order, Outcome, SweepObserver, note_failure, tidy
 
 BUSY_SECONDS = 10.0
 """After how long a run is tried again that another process was working on."""
@@ -54,7 +55,9 @@ class Backlog:
     def died(self, order: Order, how: str) -> None:
         """The process of a run that was taken has died: the run is the next one again, unless that came too often."""
         self._deaths[order.folder] += 1
-        if self._deaths[order.folder] > self.retries:
+        if (settled := _settled(order)) is not None:  # it died after the end of the run
+            self.observer.on_outcome(order, settled)
+        elif self._deaths[order.folder] > self.retries:
             self.observer.on_outcome(
                 order, note_failure(order.folder, f"{how}; so often: {self._deaths[order.folder]}")
             )
@@ -66,7 +69,7 @@ class Backlog:
 def _settled(order: Order) -> Outcome | None:
     """What has become of a run, this time or earlier; None where it is still to be made."""
     if (order.folder / DONE_FILE).exists():
+        tidy(order)
         return Outcome("done")
-    if (order.folder / FAILED_FILE).exists():
-        return Outcome("failed", (order.folder / FAILED_FILE).read_text(encoding="utf-8").splitlines()[-1])
-    return None
+    reason = failure(order.folder)
+    return None if reason is None else Outcome("failed", reason)

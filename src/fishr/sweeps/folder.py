@@ -68,7 +68,7 @@ class Progress:
         step: Updates that its last checkpoint has.
         steps: Updates that it is to make; None if it has not begun.
         seconds_left: By the pace of its last steps; None if nothing is known.
-        reason: Of a failure, a line.
+        reason: Of a failure, or of files that are damaged, a line.
     """
 
     job: Job
@@ -91,6 +91,21 @@ class SweepFolder:
         self.runs, self.logs = path / RUNS, path / LOGS
         self._settings, self._jobs, self._stop = path / SETTINGS, path / JOBS, path / STOP
 
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Check that the folder is one for a sweep with these settings.
+
+        Raises:
+            RunError: it holds a sweep with other settings, or something else.
+        """
+        if self._settings.exists():
+            changed = settings_that_differ(self.settings(), json.loads(json.dumps(settings)))
+            if changed:
+                raise RunError(
+                    f"{self.path} holds a sweep with other settings ({'; '.join(changed)}): choose another --output"
+                )
+        elif self.path.exists() and any(not item.name.startswith(".") for item in self.path.iterdir()):
+            raise RunError(f"{self.path} exists and is not a sweep (it has no {SETTINGS}): choose another --output")
+
     def plan(self, settings: Mapping[str, Any], jobs: Iterable[Job]) -> None:
         """Add runs to those that are planned already.
 
@@ -101,20 +116,9 @@ class SweepFolder:
         Raises:
             RunError: the folder holds a sweep with other settings, or something else.
         """
-        if (
-            self.path.exists()
-            and not self._settings.exists()
-            and any(item.name != LOCK for item in self.path.iterdir())
-        ):
-            raise RunError(f"{self.path} exists and is not a sweep (it has no {SETTINGS}): choose another --output")
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / LOCK):
-            if self._settings.exists():
-                changed = settings_that_differ(self.settings(), json.loads(json.dumps(settings)))
-                if changed:
-                    raise RunError(
-                        f"{self.path} holds a sweep with other settings ({'; '.join(changed)}): choose another --output"
-                    )
+            self.check(settings)
             planned = {job.run: job for job in (*self.jobs(), *jobs)}
             write_text(self._settings, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
             write_text(self._jobs, "".join(json.dumps(asdict(job)) + "\n" for job in planned.values()))
@@ -166,18 +170,29 @@ class SweepFolder:
 def _progress(job: Job, folder: Path) -> Progress:
     if (folder / DONE_FILE).exists():
         return Progress(job, "done")
-    if (folder / FAILED_FILE).exists():
-        lines = (folder / FAILED_FILE).read_text(encoding="utf-8").splitlines()
-        return Progress(job, "failed", reason=lines[-1] if lines else "")
+    if (reason := failure(folder)) is not None:
+        return Progress(job, "failed", reason=reason)
     if not (folder / CONFIG_FILE).exists():
         return Progress(job, "waiting")
-    steps = json.loads((folder / CONFIG_FILE).read_bytes())["steps"]
-    records = complete_lines(folder / RECORDS_FILE) if (folder / RECORDS_FILE).exists() else []
     state: State = "running" if _is_held(folder) else "waiting"
-    if not records:
-        return Progress(job, state, 0, steps)
-    last = RunRecord.from_json(records[-1].decode())
+    try:
+        steps = json.loads((folder / CONFIG_FILE).read_bytes())["steps"]
+        records = complete_lines(folder / RECORDS_FILE) if (folder / RECORDS_FILE).exists() else []
+        if not records:
+            return Progress(job, state, 0, steps)
+        last = RunRecord.from_json(records[-1].decode())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Progress(job, state, reason=f"its files cannot be read ({type(error).__name__}: {error})")
     return Progress(job, state, last.step, steps, (steps - last.step) * last.seconds_per_step)
+
+
+def failure(run: Path) -> str | None:
+    """Why a run has failed, a line; None where it has not."""
+    try:
+        lines = (run / FAILED_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return lines[-1] if lines else "for a reason that could not be written"
 
 
 def _is_held(folder: Path) -> bool:

@@ -22,8 +22,11 @@ from fishr.sweeps.runs import Order, Outcome, SweepObserver
 POLL_SECONDS = 0.5
 """How often it is looked whether to stop."""
 
-LEAVE_SECONDS = 60.0
+LEAVE_SECONDS = 300.0
 """How long a process may take to save its run and leave."""
+
+MOST_FALSE_STARTS = 3
+"""So many processes in a row that die before they begin are no accident."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,13 @@ class Slot:
 
     Attributes:
         number: Counted from 0.
-        cpus: CPUs that it may use; empty for all.
+        cpus: CPUs that it may use, and so many threads.
         gpu: As CUDA_VISIBLE_DEVICES names it; None for what the environment says.
     """
 
     number: int
-    cpus: tuple[int, ...] = ()
+    cpus: tuple[int, ...]
     gpu: str | None = None
-
-    @property
-    def threads(self) -> int:
-        return len(self.cpus) or num_cpus()
 
 
 def slots(count: int | None, device: str) -> list[Slot]:
@@ -57,15 +56,12 @@ def slots(count: int | None, device: str) -> list[Slot]:
     if torch_device(device).type == "cuda":
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = count or len(gpus) or num_cpus()
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(num_cpus()))
+    count = count or len(gpus) or len(cpus)
+    dealt = [cpus[len(cpus) * number // count : len(cpus) * (number + 1) // count] for number in range(count)]
     return [
-        Slot(
-            number,
-            tuple(cpus[number * len(cpus) // count : (number + 1) * len(cpus) // count]),
-            gpus[number % len(gpus)] if gpus else None,
-        )
-        for number in range(count)
+        Slot(number, tuple(of_slot or [cpus[number % len(cpus)]]), gpus[number % len(gpus)] if gpus else None)
+        for number, of_slot in enumerate(dealt)
     ]
 
 
@@ -126,7 +122,7 @@ class _Worker:
                 env=_environment(slot),
                 start_new_session=True,  # ^C is for us, who let the processes save their runs
             )
-        if slot.cpus and hasattr(os, "sched_setaffinity"):  # only Linux has it
+        if hasattr(os, "sched_setaffinity"):  # only Linux has it
             os.sched_setaffinity(self.process.pid, slot.cpus)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -134,7 +130,8 @@ class _Worker:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
-                self.events.put(_Said(self, Outcome(**json.loads(line))))
+                if line.endswith("\n"):  # else it was killed while it wrote
+                    self.events.put(_Said(self, Outcome(**json.loads(line))))
         self.events.put(_Said(self, None))
 
     def give(self, order: Order) -> None:
@@ -150,12 +147,13 @@ class _Worker:
         with suppress(BrokenPipeError):
             self.process.stdin.close()
 
-    def wait(self) -> None:
+    def wait(self) -> int:
+        """Its exit code, once it has left."""
         try:
-            self.process.wait(LEAVE_SECONDS)
+            return self.process.wait(LEAVE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            return self.process.wait()
 
 
 class _Driver:
@@ -168,6 +166,7 @@ class _Driver:
         self.backlog = Backlog(orders, observer, retries)
         self.events: queue.SimpleQueue[_Said] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
+        self.false_starts = 0
 
     def drive(self, should_stop: Callable[[], bool]) -> bool:
         self.workers = [_Worker(slot, self.logs, self.events) for slot in self.slots]
@@ -202,9 +201,10 @@ class _Driver:
     def _replace(self, dead: _Worker) -> None:
         """Start another worker in place of one that has died, and continue its run."""
         dead.dismiss()
-        code = dead.process.wait()
+        code = dead.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
-        if not dead.is_ready:
+        self.false_starts = 0 if dead.is_ready else self.false_starts + 1
+        if self.false_starts == MOST_FALSE_STARTS:
             raise RunError(f"a process for runs {how} before it began: {dead.log} may say why")
         if dead.order is not None:
             self.backlog.died(dead.order, f"its process {how}")
@@ -212,9 +212,7 @@ class _Driver:
 
 
 def _environment(slot: Slot) -> Mapping[str, str]:
-    environment = dict(os.environ)
-    if slot.cpus:
-        environment["OMP_NUM_THREADS"] = str(len(slot.cpus))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(slot.cpus))}
     if slot.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
     return environment

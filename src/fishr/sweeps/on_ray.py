@@ -1,6 +1,8 @@
 """Sweeps on a Ray cluster: a task for each run; the nodes share the file system that the runs lie on."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from fishr.sweeps.runs import Order, Outcome, SweepObserver, make_run
 POLL_SECONDS = 0.5
 """How often it is looked whether to stop."""
 
-LEAVE_SECONDS = 60.0
+LEAVE_SECONDS = 300.0
 """How long runs may take to be saved after a stop."""
 
 MOST_SUBMITTED = 1000
@@ -64,12 +66,22 @@ def make_runs(
         import ray
     except ImportError:
         raise ConfigError("--executor ray needs Ray: pip install 'fishr[ray]'") from None
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, runtime_env={"env_vars": _environment()}, log_to_driver=False)
     except ConnectionError as error:
         raise ConfigError(
             f"there is no Ray cluster to be found{f' at {address}' if address else ''}: {error}"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which would leave without saving
+    gpus = sum(node["Resources"].get("GPU", 0) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    if gpus and not share.gpus and any(order.device != "cpu" for order in orders):
+        ray.shutdown()
+        raise ConfigError(
+            f"the cluster has {gpus:.0f} GPUs: say how many a run takes (--gpus-per-run 0.5: two runs share one), or "
+            "--device cpu"
+        )
     task = ray.remote(_make_run).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)
     backlog = Backlog(orders, observer, retries)
     submitted: dict[Any, Order] = {}
@@ -79,6 +91,8 @@ def make_runs(
             order = submitted.pop(reference)
             try:
                 outcome = ray.get(reference)
+            except ray.exceptions.TaskCancelledError:
+                backlog.hear(order, Outcome("stopped"))
             except ray.exceptions.RayError as error:  # of process or node: a run's own failure is an outcome
                 backlog.died(order, f"its process died ({type(error).__name__})")
             else:

@@ -75,7 +75,7 @@ class SweepObserver(Protocol):
     """Somebody who watches a sweep."""
 
     def on_start(self, order: Order) -> None:
-        """A process begins with a run, or continues it."""
+        """A run is given to a process, or to the cluster."""
 
     def on_outcome(self, order: Order, outcome: Outcome) -> None:
         """A run is done or has failed."""
@@ -97,9 +97,14 @@ def make_run(order: Order) -> Outcome:
         reason = str(error) if isinstance(error, FishrError) else f"{type(error).__name__}: {error}"
         return note_failure(order.folder, reason, traceback.format_exc())
     (order.folder / FAILED_FILE).unlink(missing_ok=True)
-    if not order.keep_model:
-        shutil.rmtree(order.folder / "model", ignore_errors=True)
+    tidy(order)
     return Outcome("done")
+
+
+def tidy(order: Order) -> None:
+    """Remove what a run that is done needs no more, or a process that was killed has left."""
+    for name in ("checkpoints",) if order.keep_model else ("checkpoints", "model"):
+        shutil.rmtree(order.folder / name, ignore_errors=True)
 
 
 def note_failure(folder: Path, reason: str, details: str = "") -> Outcome:

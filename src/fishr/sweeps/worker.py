@@ -20,11 +20,12 @@ def main() -> None:
     from fishr.sweeps.runs import Order, Outcome, make_run
 
     orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    busy = threading.Event()
+    busy, deserted = threading.Event(), threading.Event()
 
     def receive() -> None:
         for line in sys.stdin:
             orders.put(line)
+        deserted.set()
         orders.put(None)
         if busy.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -36,6 +37,8 @@ def main() -> None:
     say(Outcome("ready"))
     while (line := orders.get()) is not None:
         busy.set()
+        if deserted.is_set():
+            break
         outcome = make_run(Order.from_dict(json.loads(line)))
         busy.clear()
         say(outcome)

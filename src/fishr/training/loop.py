@@ -318,7 +318,6 @@ class _Run:
 
     def _record(self, seconds_per_step: float) -> None:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
-        self.folder.check_still_alone()
         earlier = self.folder.records()
         with self._weights(self._recorded_average()):
             record = RunRecord(self.step, self.monitor.take_means(), self._evaluate(), seconds_per_step)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from fishr.records import (
 from fishr.training.config import RunConfig
 
 TAKEOVER_SECONDS = 1.0
-"""Enough to find out that the process which holds the run has died."""
+"""Enough to find out that a process on this machine has died; that one elsewhere has takes as long as a lease."""
 
 
 class RunFolder:
@@ -60,7 +61,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and write the config, where that has not been done; remove what a killed process left."""
-        remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE)
+        remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE, FAILED_FILE)
         remove_leftovers(self.checkpoints, "step-*")
         if not self.config_file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,11 @@ class RunFolder:
             RunBusyError: another process works on it, or has just finished it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lease = SoftFileLease(self._lease, lease_duration=LEASE_SECONDS, timeout=TAKEOVER_SECONDS)
+        silent = _age(self._lease) > LEASE_SECONDS
+        if silent and self._lease.stat().st_size == 0:  # of a process that died in the middle of writing it
+            self._lease.unlink(missing_ok=True)
+        patience = LEASE_SECONDS + TAKEOVER_SECONDS if silent else TAKEOVER_SECONDS
+        lease = SoftFileLease(self._lease, lease_duration=LEASE_SECONDS, timeout=patience)
         try:
             lease.acquire()
         except Timeout:
@@ -98,9 +103,12 @@ class RunFolder:
         Raises:
             RunBusyError: this process said nothing for so long that another one has taken over.
         """
-        if self._held is not None and self._held.compromise is not None:
+        if self._held is None:
+            return
+        owner = self._held.owner
+        if owner is not None and owner.token != self._held.token:
             raise RunBusyError(
-                f"another process may have taken over the run in {self.path}, as this one was silent for "
+                f"another process has taken over the run in {self.path}, as this one was silent for "
                 f"{LEASE_SECONDS:.0f} s: it stops"
             )
 
@@ -135,6 +143,7 @@ class RunFolder:
         write_text(self.metrics, "".join(record.to_json() + "\n" for record in kept))
 
     def append(self, record: RunRecord) -> None:
+        self.check_still_alone()
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
             file.flush()
@@ -142,22 +151,28 @@ class RunFolder:
 
     def finish(self, model: SavedModel, record: RunRecord) -> None:
         """Write the model and mark the run as done; its checkpoints are of no more use."""
+        self.check_still_alone()
         with new_folder(self.model) as aside:
             save_model(aside, model)
         write_text(self._done, record.to_json() + "\n")
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what a run that is done does not need, or a process that was killed has left."""
-        if self._held is None:
-            self._lease.unlink(missing_ok=True)
-        if self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
+        """Remove the checkpoints of a run that is done."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched; 0 where there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_leftover(path: Path) -> bool:
     """What may be in the folder of a run that has not come to its config."""
-    return path.name.startswith((f".{CONFIG_FILE}.", LEASE_FILE, FAILED_FILE))
+    return path.name.startswith((f".{CONFIG_FILE}.", LEASE_FILE, FAILED_FILE, f".{FAILED_FILE}."))
 
 
 def _differences(path: Path, config: RunConfig) -> list[str]:

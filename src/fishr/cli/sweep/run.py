@@ -15,7 +15,7 @@ from fishr.cli.console import DataRoot, Device, Quiet, print_line, print_notice,
 from fishr.errors import ConfigError, RunInterruptedError
 from fishr.records import DONE_FILE
 from fishr.registry import unknown
-from fishr.sweeps.folder import Job, SweepFolder
+from fishr.sweeps.folder import Job, SweepFolder, failure
 from fishr.workflows.plan import duration
 
 if TYPE_CHECKING:
@@ -127,21 +127,6 @@ def run(
     images = options.image_options(image_size=image_size, channels=channels, augmentation=augment, cache=cache)
     weights = None if weights is None else weights.resolve()
     sweep = SweepFolder(output.resolve())
-    loaded: dict[str, MultiDomainDataset] = {}
-    orders: list[Order] = []
-    for name in dict.fromkeys(datasets):
-        source = Source.of(name, data_root, {"subset": subset, **images})
-        dataset = source.load()
-        if dataset.name in loaded:
-            raise ConfigError(f"two datasets are called {dataset.name!r}: rename one")
-        loaded[dataset.name] = dataset
-        model = options.backbone_model(
-            dataset, backbone, backbone_arg, weights, no_pretrained, mean, std, train_batch_norm=train_batch_norm
-        )
-        orders += [
-            Order(config, source, sweep.runs / config.hash, weights, device, keep_models)
-            for config in configs(grid, dataset, model)
-        ]
     shared = {
         "steps": steps,
         "checkpoint_every": checkpoint_every,
@@ -162,11 +147,29 @@ def run(
         "std": std,
         "train_batch_norm": train_batch_norm,
     }
-    missing = [order for order in orders if not (order.folder / DONE_FILE).exists()]
+    asked_before = sweep.asked_to_stop()
+    sweep.check(shared)
+    loaded: dict[str, MultiDomainDataset] = {}
+    orders: list[Order] = []
+    for name in dict.fromkeys(datasets):
+        source = Source.of(name, data_root, {"subset": subset, **images})
+        dataset = source.load()
+        if dataset.name in loaded:
+            raise ConfigError(f"two datasets are called {dataset.name!r}: rename one")
+        loaded[dataset.name] = dataset
+        model = options.backbone_model(
+            dataset, backbone, backbone_arg, weights, no_pretrained, mean, std, train_batch_norm=train_batch_norm
+        )
+        orders += [
+            Order(config, source, sweep.runs / config.hash, weights, device, keep_models)
+            for config in configs(grid, dataset, model)
+        ]
+    done = sum((order.folder / DONE_FILE).exists() for order in orders)
+    missing = [order for order in orders if not (order.folder / DONE_FILE).exists() and failure(order.folder) is None]
     slots = local.slots(num_slots, device)
-    at_a_time, threads = (len(slots), slots[0].threads) if executor == "local" else (1, cpus_per_run)
+    at_a_time, threads = (len(slots), len(slots[0].cpus)) if executor == "local" else (1, cpus_per_run)
     say = print_notice if not quiet or dry_run else _say_nothing
-    say(f"{_count(len(orders), 'run')}: {_made_of(grid, loaded)}; {len(orders) - len(missing):,} of them done")
+    say(f"{_count(len(orders), 'run')}: {_made_of(grid, loaded)}; {done:,} of them done")
     if missing:
         say("measuring how long a run takes")
         takes = estimate(missing, loaded, at_a_time, threads)
@@ -177,7 +180,6 @@ def run(
     if dry_run:
         return
     sweep.plan(shared, [_job(order) for order in orders])
-    asked_before = sweep.asked_to_stop()
     with stop_on_signal() as signalled, Watcher(len(orders), quiet=quiet) as watcher:
 
         def should_stop() -> bool:
