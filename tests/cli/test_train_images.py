@@ -167,6 +167,7 @@ def test_options_are_in_the_config(folder: Path, tmp_path: Path) -> None:
         "average": {"name": "sma", "options": {"start": 2}},
         "select": True,
         "class_balanced": True,
+        "draw": None,
     }
 
 

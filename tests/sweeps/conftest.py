@@ -1,5 +1,4 @@
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,13 +6,14 @@ import pytest
 from fishr.data import load_dataset
 from fishr.sweeps.grid import Grid, Source, configs
 from fishr.sweeps.runs import Order
+from small_sweeps import Orders
 
 SOURCE = Source("colored-digits", options={"subset": 60})
 HERE = str(Path(__file__).parent)
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Order]]:
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
     """Small runs of algorithms on one held-out domain, those of ``odd_runs`` among them, in ``tmp_path / "runs"``."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH")))))
     monkeypatch.syspath_prepend(HERE)

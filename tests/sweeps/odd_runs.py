@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,14 @@ class DiesOnce(Odd):
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Waits(Odd):
+    """Until there is the file ``$FISHR_TEST_MARK``."""
+
+    def happen(self) -> None:
+        while not Path(os.environ["FISHR_TEST_MARK"]).exists():
+            time.sleep(0.02)
 
 
 class DiesAlways(Odd):

@@ -6,7 +6,6 @@ import queue
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,25 +19,9 @@ from fishr.sweeps.grid import Source
 from fishr.sweeps.local import Slot
 from fishr.sweeps.runs import Order, Outcome, make_run
 from small_runs import outcome
+from small_sweeps import Noted, Orders, has_a_checkpoint, undisturbed, wait_for
 
-Orders = Callable[..., list[Order]]
 ALL_CPUS = tuple(os.sched_getaffinity(0))
-
-
-class Noted:
-    """What a sweep says, as texts."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def on_start(self, order: Order) -> None:
-        self.said.append(f"start {order.config.algorithm}")
-
-    def on_outcome(self, order: Order, outcome: Outcome) -> None:
-        self.said.append(f"{outcome.state} {order.config.algorithm}{outcome.reason and ': '}{outcome.reason}")
-
-    def on_retry(self, order: Order, reason: str) -> None:
-        self.said.append(f"retry {order.config.algorithm}: {reason}")
 
 
 def make_runs(
@@ -59,12 +42,6 @@ def make_runs(
         should_stop=should_stop,
     )
     return noted.said
-
-
-def undisturbed(order: Order, folder: Path) -> Path:
-    """The same run, made in this process."""
-    assert make_run(replace(order, folder=folder)).state == "done"
-    return folder
 
 
 def test_runs_are_what_they_are_alone(orders: Orders, tmp_path: Path) -> None:
@@ -152,16 +129,23 @@ def test_a_run_that_another_process_works_on_is_waited_for(
 ) -> None:
     """Two drivers on the same runs: each run is made once."""
     monkeypatch.setattr(backlog, "BUSY_SECONDS", 0.5)
-    made = orders("erm", "fishr", steps=200)
+    made = orders("odd_runs:Waits", "fishr")
+
+    class LetsGo(Noted):
+        def on_outcome(self, order: Order, outcome: Outcome) -> None:
+            super().on_outcome(order, outcome)
+            (tmp_path / "mark").touch()
+
     command = [sys.executable, "-m", "fishr.sweeps.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         other.stdin.write(json.dumps(made[0].as_dict()) + "\n")
         other.stdin.flush()
         wait_for((made[0].folder / ".lease").exists)
-        said = make_runs(made)
-        assert sorted(set(said)) == ["done erm", "done fishr", "start erm", "start fishr"]
+        said = make_runs(made, noted=LetsGo())
         other.stdin.close()
         assert [json.loads(line)["state"] for line in other.stdout] == ["ready", "done"]
+    assert said[:3] == ["start odd_runs:Waits", "start fishr", "done fishr"]
+    assert said[-1] == "done odd_runs:Waits"
 
 
 def test_the_model_is_kept_only_where_that_is_asked_for(orders: Orders) -> None:
@@ -220,14 +204,3 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_needs_a_slot() -> None:
     with pytest.raises(ConfigError, match="slots must be at least 1, got 0"):
         local.slots(0, "cpu")
-
-
-def has_a_checkpoint(order: Order) -> bool:
-    return any((order.folder / "checkpoints").glob("step-*"))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)

@@ -1,7 +1,6 @@
 """A Ray cluster of two nodes on one machine, one of which is killed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +8,10 @@ import pytest
 
 from fishr.errors import ConfigError
 from fishr.sweeps.on_ray import Share, make_runs
-from fishr.sweeps.runs import Order, make_run
 from small_runs import outcome
+from small_sweeps import Noted, Orders, has_a_checkpoint, undisturbed
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fishr[ray]'")
-Orders = Callable[..., list[Order]]
-
-
-class Noted:
-    """What a sweep says, as texts."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def on_start(self, order: Order) -> None: ...
-
-    def on_outcome(self, order: Order, outcome: Any) -> None:
-        self.said.append(f"{outcome.state} {order.config.algorithm}{outcome.reason and ': '}{outcome.reason}")
-
-    def on_retry(self, order: Order, reason: str) -> None:
-        self.said.append(f"retry {order.config.algorithm}: {reason}")
 
 
 @pytest.fixture
@@ -38,12 +21,6 @@ def cluster() -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
-
-
-def undisturbed(order: Order, folder: Path) -> Path:
-    """The same run, made in this process."""
-    assert make_run(replace(order, folder=folder)).state == "done"
-    return folder
 
 
 def test_a_node_and_a_process_are_killed_and_all_runs_end_as_if_they_were_not(
@@ -61,7 +38,7 @@ def test_a_node_and_a_process_are_killed_and_all_runs_end_as_if_they_were_not(
         return False
 
     assert make_runs(made, noted, address=cluster.address, share=Share(cpus=1), retries=2, should_stop=kill_a_node)
-    assert sorted(line for line in noted.said if not line.startswith("retry")) == [
+    assert sorted(line for line in noted.said if not line.startswith(("start", "retry"))) == [
         "done erm",
         "done fishr",
         "done odd_runs:DiesOnce",
@@ -91,7 +68,3 @@ def test_a_stop_saves_the_runs(cluster: Any, orders: Orders, tmp_path: Path) -> 
 def test_without_a_cluster(orders: Orders) -> None:
     with pytest.raises(ConfigError, match="there is no Ray cluster to be found at auto"):
         make_runs(orders("erm"), Noted(), address="auto", share=Share(), retries=0, should_stop=lambda: False)
-
-
-def has_a_checkpoint(order: Order) -> bool:
-    return any((order.folder / "checkpoints").glob("step-*"))

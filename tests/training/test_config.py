@@ -45,8 +45,9 @@ def test_the_hash_is_that_of_every_equal_config() -> None:
     assert len(config().hash) == 16
 
 
-def test_every_field_is_in_the_hash() -> None:
-    assert set(CHANGES) == {field.name for field in dataclasses.fields(RunConfig)}
+def test_every_field_that_decides_what_a_run_computes_is_in_the_hash() -> None:
+    assert {*CHANGES, "draw"} == {field.name for field in dataclasses.fields(RunConfig)}
+    assert config(draw=3).hash == config().hash
     hashes = {config(**{name: value}).hash for name, value in CHANGES.items()}
     assert len(hashes | {config().hash}) == len(CHANGES) + 1
 
