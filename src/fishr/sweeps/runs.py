@@ -14,7 +14,7 @@ from fishr.errors import FishrError, RunBusyError, RunInterruptedError
 from fishr.files import write_text
 from fishr.records import FAILED_FILE
 from fishr.sweeps.grid import Source
-from fishr.training import RunConfig, train
+from fishr.training import RunConfig, run_folder, train
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def make_run(order: Order) -> Outcome:
 
 
 def tidy(order: Order) -> None:
-    """Remove what a run that is done needs no more, or a process that was killed has left."""
-    for name in ("checkpoints",) if order.keep_model else ("checkpoints", "model"):
-        shutil.rmtree(order.folder / name, ignore_errors=True)
+    """Remove what a run that is done needs no more, its model too if it was not asked for."""
+    run_folder.tidy(order.folder)
+    if not order.keep_model:
+        shutil.rmtree(order.folder / "model", ignore_errors=True)
 
 
 def note_failure(folder: Path, reason: str, details: str = "") -> Outcome:

@@ -36,7 +36,7 @@ from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, res
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
-from fishr.training.run_folder import RunFolder
+from fishr.training.run_folder import RunFolder, tidy
 from fishr.training.signals import stop_on_signal
 
 STEPS_BETWEEN_LOOKS = 20
@@ -134,7 +134,7 @@ def train(
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
         if folder.done:
-            folder.tidy()
+            tidy(output)
             if not folder.records():
                 raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
             return _result(folder, dataset, trained=False)

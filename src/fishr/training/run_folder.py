@@ -26,6 +26,8 @@ from fishr.records import (
 )
 from fishr.training.config import RunConfig
 
+CHECKPOINTS = "checkpoints"
+
 TAKEOVER_SECONDS = 1.0
 """Enough to find out that a process on this machine has died; that one elsewhere has takes as long as a lease."""
 
@@ -45,7 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
-        self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.checkpoints, self.model = path / CHECKPOINTS, path / "model"
         self.metrics = path / RECORDS_FILE
         self.config_file = path / CONFIG_FILE
         self._held: SoftFileLease | None = None
@@ -155,11 +157,13 @@ class RunFolder:
         with new_folder(self.model) as aside:
             save_model(aside, model)
         write_text(self._done, record.to_json() + "\n")
-        self.tidy()
+        tidy(self.path)
 
-    def tidy(self) -> None:
-        """Remove the checkpoints of a run that is done."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+def tidy(run: Path) -> None:
+    """Remove what the folder of a run that is done needs no more, or what a killed process left in it."""
+    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    (run / LEASE_FILE).unlink(missing_ok=True)
 
 
 def _age(path: Path) -> float:
