@@ -152,6 +152,16 @@ def test_manifest_writes_time_and_memory(script, tmp_path):
     assert [goal.bound for goal in script("manifest").goals(results)] == [60, 200, 60, 200]
 
 
+def test_report_scale_writes_time_and_memory(script, tmp_path):
+    results = run(script, "report_scale", tmp_path)
+    assert list(results) == ["without index", "with index", "one run changed"]
+    for measured in results.values():
+        assert measured["rows"] > 1000
+        assert measured["seconds"] > 0
+        assert measured["bytes"] > 0
+    assert [goal.bound for goal in script("report_scale").goals(results)] == [60, 5, 2]
+
+
 def test_strength_compares_forms_with_erm(script, data_root, tmp_path, monkeypatch):
     strength = script("strength")
     monkeypatch.setenv("FISHR_CACHE", str(tmp_path / "cache"))

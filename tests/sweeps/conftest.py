@@ -1,5 +1,7 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +33,14 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
         ]
 
     return make
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster without a node that makes runs."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'fishr[ray]'")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()

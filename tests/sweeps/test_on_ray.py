@@ -1,6 +1,6 @@
 """A Ray cluster of two nodes on one machine, one of which is killed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,7 @@ from fishr.sweeps.on_ray import Share, make_runs
 from small_runs import outcome
 from small_sweeps import Noted, Orders, has_a_checkpoint, undisturbed
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fishr[ray]'")
-
-
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'fishr[ray]'")
 
 
 def test_a_node_and_a_process_are_killed_and_all_runs_end_as_if_they_were_not(

@@ -1,6 +1,7 @@
 """The command line. Commands parse, call the API and return an exit code.
 
-Exit codes: 0 done, 1 checked data are unfit, 2 a mistake that the message explains, 128 + N left on signal N.
+Exit codes: 0 done, 1 checked data are unfit or runs of a sweep failed, 2 a mistake that the message explains,
+128 + N left on signal N.
 """
 
 import os

@@ -173,8 +173,9 @@ def run(
     if missing:
         say("measuring how long a run takes")
         takes = estimate(missing, loaded, at_a_time, threads)
+        several = "" if executor == "local" else " (a cluster makes several)"
         say(
-            f"about {duration(takes.seconds)} for the others, {_count(at_a_time, 'run')} at a time, "
+            f"about {duration(takes.seconds)} for the others, {_count(at_a_time, 'run')} at a time{several}, "
             f"{_count(threads, 'thread')} each; disk: {_size(takes.kept)}, and up to {_size(takes.working)} meanwhile"
         )
     if dry_run:
@@ -209,11 +210,12 @@ def run(
 
 
 class Watcher:
-    """A line for each run; on a terminal also how many are done and the time left."""
+    """A line for each run made here or failed; on a terminal also how many are done and the time left."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         self.total, self.quiet = total, quiet
         self.counts: Counter[str] = Counter()
+        self.started: set[Path] = set()
         self.progress = run_progress(stderr, disable=quiet or not stderr.is_terminal)
         self.task: TaskID = self.progress.add_task("runs", total=total, losses="")
 
@@ -224,13 +226,15 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def on_start(self, order: "Order") -> None: ...
+    def on_start(self, order: "Order") -> None:
+        self.started.add(order.folder)
 
     def on_outcome(self, order: "Order", outcome: "Outcome") -> None:
         self.counts[outcome.state] += 1
         self.progress.advance(self.task)
-        said = f"{outcome.state}{outcome.reason and ': '}{outcome.reason}"
-        self._say(f"{self.counts.total():>{len(str(self.total))}} of {self.total} {said}", order)
+        if outcome.state == "failed" or order.folder in self.started:
+            said = f"{outcome.state}{outcome.reason and ': '}{outcome.reason}"
+            self._say(f"{self.counts.total():>{len(str(self.total))}} of {self.total} {said}", order)
 
     def on_retry(self, order: "Order", reason: str) -> None:
         self._say(f"{reason}, it is continued", order)
