@@ -1,5 +1,6 @@
 import errno
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_failure_to_rename_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
 
 
 def test_what_the_same_process_left_before_is_not_taken_over(tmp_path: Path) -> None:
-    left = tmp_path / f".model.{os.getpid()}"
+    left = tmp_path / f".model.{socket.gethostname()}.{os.getpid()}"
     left.mkdir()
     (left / "stale").touch()
     fill(tmp_path / "model", content="new")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write aside, force to disk, rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = _aside(path)
     try:
         with aside.open("wb") as file:
             file.write(content)
@@ -33,8 +34,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes ``path``'s place when the block ends without an error."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    old = path.with_name(f".{path.name}.old.{os.getpid()}")
+    aside, old = _aside(path), _aside(path.with_name(f"{path.name}.old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -74,6 +74,11 @@ def remove_leftovers(folder: Path, *names: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """A name that no other process uses, on no machine of a shared file system."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
 def _sync(path: Path) -> None:

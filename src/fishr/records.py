@@ -13,6 +13,9 @@ FORMAT = 2
 """Version of a run's files."""
 
 CONFIG_FILE, RECORDS_FILE, DONE_FILE = "config.json", "metrics.jsonl", "DONE"
+MAKER = "made by"
+"""Whose run it is, in the protocol of a history."""
+
 LEASE_FILE, FAILED_FILE = ".lease", "FAILED"
 LEASE_SECONDS = 60.0
 """A process that says nothing for so long is taken for dead; one that died on this machine is found out at once."""

@@ -206,8 +206,10 @@ def test_an_unknown_name() -> None:
         describe("fisher")
 
 
-def test_step_costs_are_of_algorithms_that_exist(described: dict[str, Description]) -> None:
-    for description in described.values():
-        for case, cost in description.step_costs.items():
-            assert case
-            assert 0.5 < cost < 100
+def test_the_cost_of_a_step_is_known_of_every_algorithm(described: dict[str, Description]) -> None:
+    """As a multiple of ERM's; where it is missing or of other cases, benchmarks/algorithms.py has to be run."""
+    cases = described["fishr"].step_costs.keys()
+    assert len(cases) == 2
+    for name, description in described.items():
+        assert description.step_costs.keys() == (cases if name != "erm" else set()), name
+        assert all(0.5 < cost < 100 for cost in description.step_costs.values())

@@ -156,7 +156,10 @@ def test_show_tells_the_cost_of_a_step(
     (tmp_path / "step_costs.json").write_text('{"irm": {"MLP": 1.5, "ResNet-18": 1.04}}')
     monkeypatch.setattr(fishr.algorithms.describe, "files", lambda package: tmp_path)
     out, _ = printed(capsys, "algorithms", "show", "irm")
-    assert "\nA step takes 1.50 times as long as ERM's (MLP).\nA step takes 1.04 times as long as ERM's (Res" in out
+    assert (
+        "\nA step takes about 1.5 times as long as ERM's (MLP).\nA step takes about 1.0 times as long as ERM's (R"
+        in out
+    )
     assert "A step takes" not in printed(capsys, "algorithms", "show", "erm")[0]
 
 

@@ -68,6 +68,13 @@ def test_the_command_line_takes_the_place_of_lists_too(config_file: Path, tmp_pa
         ("select: maybe", 'line 1: select must be true or false, got "maybe"'),
         ("set: 3", "line 1: set must be lines of the form name: value, got 3"),
         ("test-domain: [b, [c]]", 'line 1: test-domain must be one value, or a list of them, got ["b", ["c"]]'),
+        ("steps: 0", "line 1: steps must be at least 1, got 0"),
+        (
+            "steps: 3\nset:\n  lr: 0.1\n  batchsize: 8",
+            "line 4: unknown hyperparameter 'batchsize'; did you mean",
+        ),
+        ("precision: 64", "line 1: precision must be one of 32, bf16-mixed, got '64'"),
+        ("test-domain: ['-90%', '-80%']", "line 1: unknown test domain of 'colored-digits' '-80%'"),
         ("- a", "line 1: expected lines such as steps: 1000"),
         ("steps: 3\na: [", "line 3: expected the node content, but found '<stream end>'"),
         ("a: !!python/name:os.system", "line 1: could not determine a constructor for the tag"),

@@ -21,7 +21,10 @@ def test_all_selection_rules(domainbed_sweep: Path, capsys: pytest.CaptureFixtur
 
 def test_a_fixed_config_is_draw_0(domainbed_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(domainbed_sweep), "--fixed-config"]) == 0
-    assert "draws" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all trials have the hyperparameters of draw 0" in said
+    assert "best hyperparameter draw" not in said
+    assert "draws" not in said
 
 
 def test_folders_that_count_for_nothing_are_named_once_for_each_reason(

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fishr.cli.console import stdout
 from fishr.records import read_records
 from fishr.sweeps.folder import SweepFolder
 from fishr.training import RunConfig
+from small_sweeps import wait_for
 
 ARGUMENTS = [
     *("--datasets", "colored-digits", "--algorithms", "erm", "fishr", "--test-domain", "-90%"),
@@ -89,6 +89,41 @@ def test_status(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert states == ["done", "done"]
 
 
+def test_a_sweep_from_a_file(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        f"""
+        datasets: [colored-digits]
+        algorithms: [erm, fishr]
+        test-domain: ["-90%"]
+        subset: 60
+        draws: 1
+        trials: 1
+        steps: 8
+        checkpoint-every: 4
+        output: {done}
+        """
+    )
+    assert main(["sweep", "run", "--config", str(tmp_path / "sweep.yaml")]) == 0
+    assert "2 of them done" in capsys.readouterr().err
+
+
+def test_status_of_a_sweep_that_is_done_is_not_watched_for_long(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "status", str(done), "--live"]) == 0
+    assert "2 of 2 runs are done." in capsys.readouterr().out
+
+
+def test_status_names_damaged_files(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.plan({}, SweepFolder(done).jobs()[:1])
+    run = folder.runs / folder.jobs()[0].run
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{")
+    assert main(["sweep", "status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" in said
+    assert "JSONDecodeError" in said
+
+
 def test_status_names_failures_and_runs_at_work(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +162,7 @@ def test_a_stop_from_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = [sys.executable, "-m", "fishr.cli", "sweep", "run", *ARGUMENTS, "--output", str(folder)]
     process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
-    wait_for_a_checkpoint(folder)
+    wait_for(lambda: has_a_checkpoint(folder))
     assert main(["sweep", "stop", str(folder)]) == 0
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -139,7 +174,7 @@ def test_an_interrupt_saves_the_runs(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = [sys.executable, "-m", "fishr.cli", "sweep", "run", *ARGUMENTS, "--output", str(folder)]
     process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
-    wait_for_a_checkpoint(folder)
+    wait_for(lambda: has_a_checkpoint(folder))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -154,6 +189,8 @@ def test_an_interrupt_saves_the_runs(tmp_path: Path) -> None:
         (["--test-domain", "-80%"], "unknown test domain of 'colored-digits' '-80%'"),
         (["--executor", "slurm"], "unknown executor 'slurm'"),
         (["--slots", "0"], "slots must be at least 1, got 0"),
+        (["--checkpoint-every", "0"], "checkpoint-every must be at least 1, got 0"),
+        (["--gpus-per-run", "0.5"], "--gpus-per-run is of --executor ray, not local"),
         (["--precision", "64"], "precision must be one of 32, bf16-mixed"),
     ],
 )
@@ -202,8 +239,12 @@ def test_best_configs_are_of_sweeps_and_one_rule(
     assert "--best-configs needs one --selection" in capsys.readouterr().err
 
 
-def wait_for_a_checkpoint(folder: Path) -> None:
-    until = time.monotonic() + 120
-    while not list(folder.glob("runs/*/checkpoints/step-*")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def test_best_configs_of_a_rule_that_selects_nothing(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(done), "--best-configs", str(tmp_path), "--selection", "leave-one-out"]) == 0
+    assert f"0 configs written to {tmp_path}" in capsys.readouterr().err
+
+
+def has_a_checkpoint(folder: Path) -> bool:
+    return bool(list(folder.glob("runs/*/checkpoints/step-*")))

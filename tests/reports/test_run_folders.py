@@ -79,7 +79,7 @@ def test_a_run_of_ours(tmp_path: Path) -> None:
     assert history.test_domains == ("sketch",)
     assert (history.draw, history.trial) == (2, 1)
     assert history.hparams == {"lr": 1e-3}
-    assert history.protocol == {"steps": 600, "data_options": {"subset": None}}
+    assert history.protocol == {"made by": "fishr", "steps": 600, "data_options": {"subset": None}}
     assert history.domains == ("photo", "sketch")
     assert history.steps.tolist() == [300, 600]
     assert history.accuracy("sketch", "in").tolist() == [0.3, 0.6]

@@ -19,6 +19,8 @@ class Odd(ERM):
     """ERM up to a step at which something happens."""
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
+        with Path(f"{os.environ['FISHR_TEST_MARK']}.steps").open("a") as steps:
+            steps.write(f"{step} ")
         if step == ODD_STEP:
             self.happen()
         return super().training_step(batch, step, optimizers)
@@ -52,3 +54,15 @@ class DiesAlways(Odd):
 class Fails(Odd):
     def happen(self) -> None:
         raise ZeroDivisionError("of two\nlines")
+
+
+class Spoils(Odd):
+    """Fails, and leaves its process in a state in which it fails again."""
+
+    spoiled = False
+
+    def happen(self) -> None:
+        if Spoils.spoiled:
+            raise RuntimeError("the process was used again")
+        Spoils.spoiled = True
+        raise ZeroDivisionError

@@ -11,7 +11,7 @@ from fishr.records import RunRecord
 from fishr.sweeps.folder import Job, SweepFolder
 
 SETTINGS = {"steps": 600, "set": ["lr=0.1"]}
-JOBS = [Job(f"run{draw}", "pacs", "erm", ("sketch",), draw, 0, "pacs") for draw in range(4)]
+JOBS = [Job(f"run{draw}", "pacs", "erm", ("sketch",), draw, 0, "pacs", None) for draw in range(4)]
 
 
 def state(sweep: SweepFolder) -> list[Any]:

@@ -35,8 +35,8 @@ def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, st
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def undisturbed(folder: Path) -> Path:
-    assert main(["sweep", "run", *ARGUMENTS, "--output", str(folder), "--slots", "2"]) == 0
+def undisturbed(folder: Path, *arguments: str) -> Path:
+    assert start(folder, *arguments).wait() == 0
     return folder
 
 
@@ -63,7 +63,7 @@ def test_of_a_process_and_of_the_driver(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(runs_with(folder, "DONE")) == 1
     wait_for(lambda: not runs_with(folder, ".lease"))
     assert start(folder, "--slots", "1").wait() == 0
-    assert table(folder, capsys) == table(undisturbed(tmp_path / "undisturbed"), capsys)
+    assert table(folder, capsys) == table(undisturbed(tmp_path / "undisturbed", "--slots", "1"), capsys)
 
 
 def test_of_a_ray_node_and_of_the_driver(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,4 +78,4 @@ def test_of_a_ray_node_and_of_the_driver(cluster: Any, tmp_path: Path, capsys: p
     driver.kill()
     driver.wait()
     assert start(folder, *on_ray).wait() == 0
-    assert table(folder, capsys) == table(undisturbed(tmp_path / "undisturbed"), capsys)
+    assert table(folder, capsys) == table(undisturbed(tmp_path / "undisturbed", *on_ray), capsys)

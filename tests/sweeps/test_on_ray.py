@@ -1,12 +1,14 @@
 """A Ray cluster of two nodes on one machine, one of which is killed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fishr.errors import ConfigError
+from fishr.errors import ConfigError, RunError
+from fishr.sweeps import on_ray
 from fishr.sweeps.on_ray import Share, make_runs
 from small_runs import outcome
 from small_sweeps import Noted, Orders, has_a_checkpoint, undisturbed
@@ -59,3 +61,30 @@ def test_a_stop_saves_the_runs(cluster: Any, orders: Orders, tmp_path: Path) -> 
 def test_without_a_cluster(orders: Orders) -> None:
     with pytest.raises(ConfigError, match="there is no Ray cluster to be found at auto"):
         make_runs(orders("erm"), Noted(), address="auto", share=Share(), retries=0, should_stop=lambda: False)
+
+
+def test_gpus_of_a_cluster_are_not_left_idle(orders: Orders) -> None:
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
+    made = [replace(order, device="auto") for order in orders("erm")]
+    with pytest.raises(ConfigError, match=r"the cluster has 2 GPUs: say how many a run takes \(--gpus-per-run 0\.5"):
+        on_ray._check_share(nodes, Share(), made)
+    on_ray._check_share(nodes, Share(gpus=0.5), made)
+    on_ray._check_share(nodes, Share(), orders("erm"))
+
+
+def test_what_no_node_has_is_waited_for_aloud() -> None:
+    with pytest.warns(UserWarning, match="no node of the cluster has the 8 CPUs and 0 GPUs that a run takes"):
+        on_ray._check_share([{"CPU": 4.0}, {"CPU": 4.0}], Share(cpus=8), [])
+
+
+def test_runs_that_nodes_write_elsewhere_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "APPEAR_SECONDS", 0.0)
+    on_ray._check_seen(tmp_path)
+    with pytest.raises(RunError, match="DONE is not there: the folder must lie on a file system that all nodes share"):
+        on_ray._check_seen(tmp_path / "DONE")
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(0, 0.0), (1, -1.0), (1, 1.5)])
+def test_shares_that_no_run_can_have(cpus: int, gpus: float) -> None:
+    with pytest.raises(ConfigError, match="-per-run must be"):
+        Share(cpus, gpus)

@@ -90,7 +90,8 @@ def test_an_empty_folder_is_taken(
 def test_a_config_that_cannot_be_read(content: str, reason: str, digits: MultiDomainDataset, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(
-        RunError, match=rf"^{tmp_path}/config.json cannot be read \({reason}\): choose another --output$"
+        RunError,
+        match=rf"^{tmp_path}/config.json cannot be read \({reason}\): choose another --output, or delete the folder$",
     ):
         train(run_config(), digits, tmp_path, device="cpu")
     assert (tmp_path / "config.json").read_text() == content
@@ -374,16 +375,18 @@ def test_a_run_whose_process_on_another_machine_is_alive_is_not(tmp_path: Path) 
         pass
 
 
+@pytest.mark.parametrize("other_process", ["at work", "done"])
 def test_a_process_that_was_silent_for_too_long_writes_nothing(
-    digits: MultiDomainDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other_process: str, digits: MultiDomainDataset, tmp_path: Path
 ) -> None:
-    """Its lease is another's, as it is after a machine has slept."""
+    """Its lease is another's, as it is after a machine has slept, or that one has finished and removed it."""
     lease = tmp_path / "run/.lease"
 
     def lose() -> None:
         theirs = re.sub("token=.*", f"token={'0' * 32}", lease.read_text())
         lease.unlink()
-        lease.write_text(theirs)
+        if other_process == "at work":
+            lease.write_text(theirs)
 
     with pytest.raises(RunBusyError, match="another process has taken over the run"):
         train(run_config(), digits, tmp_path / "run", device="cpu", observer=AtStep(5, lose))

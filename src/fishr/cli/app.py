@@ -19,6 +19,7 @@ from fishr.cli.report import report
 from fishr.cli.reproduce import reproduce_app
 from fishr.cli.sweep import sweep_app
 from fishr.cli.train import train
+from fishr.errors import ConfigError
 
 MULTIPLE = (
     "--algorithms",
@@ -75,6 +76,8 @@ def call(arguments: Sequence[str]) -> int:
         code = command.main(args=expanded.arguments, prog_name="fishr", standalone_mode=False)
     except typer.Abort:
         code = INTERRUPTED
+    except ConfigError as error:
+        raise ConfigError(expanded.explained(str(error))) from None
     except Exception as error:
         # Typer's usage errors: their classes are not public in all versions, these two attributes are.
         if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):

@@ -27,17 +27,20 @@ class Expanded:
 
     Attributes:
         arguments: The arguments.
-        places: Options that the file gives, and where: ``"sweep.yaml, line 3"``.
+        places: Where the file gives what: keys below others (``lr`` below ``set``), options (``--steps``) and texts
+            (``'erm'``, in quotes), each with its place, ``"sweep.yaml, line 3"``.
     """
 
     arguments: list[str]
     places: Mapping[str, str]
 
     def explained(self, message: str) -> str:
-        """An error about an option, with its place in the file where it comes from there."""
-        for option in re.findall(r"--[\w-]+", message):
-            if option in self.places:
-                return f"{self.places[option]}: {message}"
+        """An error about something that the file gives, with its place there."""
+        words = re.findall(r"[\w-]+", message)
+        options = [word if word.startswith("--") else f"--{word.replace('_', '-')}" for word in words]
+        for said in (*words, *options, *re.findall(r"'[^']+'", message)):
+            if said in self.places:
+                return f"{self.places[said]}: {message}"
         return message
 
 
@@ -67,7 +70,7 @@ def with_config_file(command: Any, arguments: Sequence[str]) -> Expanded:
     given: list[str] = []
     places: dict[str, str] = {}
     seen: set[str] = set()
-    for line, key, value in _entries(file):
+    for line, key, value, keys_below in _entries(file):
         option, place = f"--{key.replace('_', '-')}", f"{file}, line {line}"
         if option not in options or option in (NAME, "--help"):
             names = [name.removeprefix("--") for name in options if name.startswith("--")]
@@ -77,6 +80,8 @@ def with_config_file(command: Any, arguments: Sequence[str]) -> Expanded:
         seen.add(option)
         if not any(argument.partition("=")[0] == option for argument in rest):
             places[option] = place
+            places |= {repr(text): place for text in (value if isinstance(value, list) else [value])}
+            places |= {below: f"{file}, line {line_below}" for below, line_below in keys_below.items()}
             try:
                 given += _as_arguments(option, options[option], value)
             except ValueError as error:
@@ -89,8 +94,8 @@ def _split(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith(f"{NAME}=") else [argument]
 
 
-def _entries(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Line, key and value of each entry."""
+def _entries(file: Path) -> Iterator[tuple[int, str, Any, dict[str, int]]]:
+    """Line, key and value of each entry, and the lines of the keys below it."""
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -99,7 +104,9 @@ def _entries(file: Path) -> Iterator[tuple[int, str, Any]]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{file}, line {root.start_mark.line + 1}: expected lines such as steps: 1000")
         for key, value in root.value:
-            yield key.start_mark.line + 1, str(key.value), loader.construct_object(value, deep=True)
+            below = value.value if isinstance(value, yaml.MappingNode) else []
+            keys_below = {str(name.value): name.start_mark.line + 1 for name, _ in below}
+            yield key.start_mark.line + 1, str(key.value), loader.construct_object(value, deep=True), keys_below
     except FileNotFoundError:
         raise ConfigError(f"there is no file {file}") from None
     except yaml.MarkedYAMLError as error:

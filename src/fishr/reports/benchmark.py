@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from fishr.records import RunHistory, flat_settings
+from fishr.records import MAKER, RunHistory, flat_settings
 from fishr.reports.comparison import BASELINE, CONFIDENCE
 from fishr.reports.domainbed import DATASETS
 from fishr.selection import RULES, Selected, best_draw, select_checkpoints
@@ -42,14 +42,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference to the baseline in points, and the interval that holds it with probability 0.95."""
+    """A difference to the baseline.
+
+    Attributes:
+        mean: In points of accuracy.
+        low: Lower end of its 95 % interval; None where a domain has a single trial.
+        high: Upper end.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.mean:+.1f}" if self.low is None else f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Row:
         algorithm: Its name.
         cells: Accuracy by column: a held-out domain, or a dataset. None where no trial has a result.
         average: Mean of the cells, in percent; None where one is missing.
-        difference: To the baseline; None for the baseline, and where nothing can be paired.
+        difference: To the baseline; None for the baseline, and where a held-out domain has no pair of trials.
         hours: Time that its runs trained for.
     """
 
@@ -77,6 +83,7 @@ class Results:
 
     Attributes:
         rule: Name of the rule.
+        draws: Numbers of the hyperparameter draws that there are.
         datasets: The rows of each dataset, a cell for each held-out domain.
         averages: Rows with a cell for each dataset.
         ranks: Mean rank of each algorithm over all held-out domains of all datasets, 1 is best; without those that lack
@@ -86,6 +93,7 @@ class Results:
     """
 
     rule: str
+    draws: Sequence[int]
     datasets: Mapping[str, Sequence[Row]]
     averages: Sequence[Row]
     ranks: Mapping[str, float]
@@ -103,13 +111,12 @@ def selections(histories: Sequence[RunHistory], rule: str) -> Selections:
     for history in histories:
         for domain in history.test_domains:
             runs[history.dataset, history.algorithm, domain][history.trial].append(history)
-    selected = {
-        cell: {trial: select_checkpoints(RULES[rule], of_trial, cell[-1]) for trial, of_trial in sorted(trials.items())}
-        for cell, trials in runs.items()
-    }
-    return {
-        cell: {trial: of_draws for trial, of_draws in trials.items() if of_draws} for cell, trials in selected.items()
-    }
+    selected: dict[tuple[str, str, str], dict[int, Sequence[Selected]]] = defaultdict(dict)
+    for cell, trials in runs.items():
+        for trial, of_trial in sorted(trials.items()):
+            if of_draws := select_checkpoints(RULES[rule], of_trial, cell[-1]):
+                selected[cell][trial] = of_draws
+    return selected
 
 
 def results(histories: Sequence[RunHistory], rule: str) -> Results:
@@ -131,6 +138,7 @@ class _Benchmark:
     def results(self) -> Results:
         return Results(
             self.rule,
+            sorted({history.draw for history in self.histories}),
             {dataset: [self._row_of_dataset(dataset, name) for name in self.algorithms] for dataset in self.datasets},
             [self._row_of_averages(name) for name in self.algorithms],
             self._ranks(),
@@ -167,12 +175,15 @@ class _Benchmark:
 
     @cached_property
     def held_out(self) -> Mapping[str, Sequence[str]]:
-        """Domains of each dataset that a run holds out, in the dataset's order."""
-        return {dataset: _of_runs(runs, lambda run: run.test_domains) for dataset, runs in self.of_dataset.items()}
+        """Domains of each dataset that a run holds out alone, in the dataset's order; those of pairs if none does."""
+        return {
+            dataset: _of_runs([run for run in runs if len(run.test_domains) == 1] or runs, lambda run: run.test_domains)
+            for dataset, runs in self.of_dataset.items()
+        }
 
     @cached_property
     def never_held_out(self) -> Mapping[str, Sequence[str]]:
-        """Domains of each dataset that runs train on, and none holds out."""
+        """Domains of each dataset that runs train on, and none holds out so."""
         return {
             dataset: [
                 domain
@@ -226,18 +237,20 @@ class _Benchmark:
         )
 
     def _difference(self, datasets: Iterable[str], algorithm: str) -> Interval | None:
-        """Mean over datasets of the difference to the baseline, paired over held-out domains and trials."""
+        """Difference of the averages to the baseline's, of the trials that both have; None where a domain has none."""
         if algorithm == BASELINE:
             return None
         pairs = []
         for dataset in datasets:
             of_dataset = []
             for domain in self.held_out[dataset]:
-                ours, baseline = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
-                of_dataset += [100 * (ours[trial] - baseline[trial]) for trial in ours if trial in baseline]
-            if of_dataset:
-                pairs.append(np.array(of_dataset))
-        return bootstrap(pairs) if pairs else None
+                ours, theirs = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
+                of_domain = [100 * (ours[trial] - theirs[trial]) for trial in ours if trial in theirs]
+                if not of_domain:
+                    return None
+                of_dataset.append(np.array(of_domain))
+            pairs.append(of_dataset)
+        return bootstrap(pairs)
 
     def _ranks(self) -> dict[str, float]:
         """Mean rank over all held-out domains, of algorithms that have a result on each of them."""
@@ -281,7 +294,7 @@ class _Benchmark:
         fewest = {
             (name, domain): min(map(len, trials.values()))
             for (of_dataset, name, domain), trials in self.selected.items()
-            if of_dataset == dataset and trials
+            if of_dataset == dataset
         }
         return _sentences(
             {of: f"a trial with {few} of {num_draws} draws" for of, few in fewest.items() if few < num_draws}
@@ -307,9 +320,15 @@ class _Benchmark:
     def _protocols_that_differ(self, dataset: str) -> list[str]:
         runs = self.of_dataset[dataset]
         protocols = [flat_settings(protocol) for protocol in {id(run.protocol): run.protocol for run in runs}.values()]
-        shared = [name for name in protocols[0] if all(name in protocol for protocol in protocols)]
-        values = {name: list(dict.fromkeys(str(protocol[name]) for protocol in protocols)) for name in shared}
-        return [f"runs differ in {name}: {', '.join(of)}" for name, of in values.items() if len(of) > 1]
+        makers = list(dict.fromkeys(protocol[MAKER] for protocol in protocols))
+        said = [f"runs were made by {' and by '.join(makers)}, whose draws are not the same"] if len(makers) > 1 else []
+        for maker in makers:
+            of_maker = [protocol for protocol in protocols if protocol[MAKER] == maker]
+            for name in dict.fromkeys(name for protocol in of_maker for name in protocol):
+                values = list(dict.fromkeys(str(protocol.get(name, "not set")) for protocol in of_maker))
+                if len(values) > 1:
+                    said.append(f"runs differ in {name}: {', '.join(values)}")
+        return said
 
 
 def _of_runs(runs: Sequence[RunHistory], domains_of: Callable[[RunHistory], Collection[str]]) -> list[str]:
@@ -340,9 +359,28 @@ def _average(cells: Collection[Estimate | None]) -> float | None:
     return sum(means) / len(means) if len(means) == len(cells) else None
 
 
-def bootstrap(groups: Sequence[NDArray[np.float64]]) -> Interval:
-    """Mean over groups of the mean of each, with the percentile interval of resampling within each, seeded."""
+def bootstrap(pairs: Sequence[Sequence[NDArray[np.float64]]]) -> Interval:
+    """Mean over datasets of the mean over domains of the mean of paired differences, with its bootstrap interval.
+
+    The pairs of each domain are resampled, seeded. As resampling n pairs varies less than n new ones would, deviations
+    are multiplied by √(n / (n − 1)) (Rao and Wu, Resampling Inference with Complex Survey Data, JASA 1988).
+
+    Args:
+        pairs: Differences of trials ``[trial]``, by dataset and domain.
+    """
+
+    def mean(of_domains: Callable[[NDArray[np.float64]], Any]) -> Any:
+        return np.mean([np.mean([of_domains(domain) for domain in dataset], axis=0) for dataset in pairs], axis=0)
+
+    def resampled(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+        number = len(differences)
+        deviations = generator.choice(differences - differences.mean(), (RESAMPLES, number)).mean(axis=1)
+        stretched: NDArray[np.float64] = differences.mean() + deviations * np.sqrt(number / (number - 1))
+        return stretched
+
+    estimate = float(mean(np.mean))
+    if any(len(domain) < 2 for dataset in pairs for domain in dataset):
+        return Interval(estimate)
     generator = np.random.default_rng(0)
-    means = np.mean([generator.choice(values, (RESAMPLES, len(values))).mean(axis=1) for values in groups], axis=0)
-    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Interval(float(np.mean([values.mean() for values in groups])), float(low), float(high))
+    low, high = np.quantile(mean(resampled), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Interval(estimate, float(low), float(high))

@@ -50,6 +50,7 @@ def _options(run: Path, shared: Mapping[str, Any], jobs: Mapping[str, Job]) -> d
     config = json.loads((run / CONFIG_FILE).read_bytes())
     options = {
         "data": jobs[run.name].source,
+        "data_root": jobs[run.name].root,
         "algorithm": config["algorithm"],
         "test_domain": config["test_domains"],
         **shared,
@@ -57,4 +58,8 @@ def _options(run: Path, shared: Mapping[str, Any], jobs: Mapping[str, Job]) -> d
         "set": config["hparams"],
     }
     del options["batch_size"]  # it is a hyperparameter
-    return {name.replace("_", "-"): value for name, value in options.items() if value not in (None, [], False)}
+    return {
+        name.replace("_", "-"): value
+        for name, value in options.items()
+        if value is not None and value is not False and value != []
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fishr.records import SPLITS, RunHistory
+from fishr.records import MAKER, SPLITS, RunHistory
 
 RECORDS, DONE = "results.jsonl", "done"
 
@@ -49,7 +49,7 @@ def history(folder: Path, records: Sequence[Mapping[str, Any]]) -> RunHistory:
         draw=args["hparams_seed"],
         trial=args["trial_seed"],
         hparams=records[0]["hparams"],
-        protocol={"steps": args["steps"]} if args.get("steps") else {},
+        protocol={MAKER: "DomainBed", "steps": args.get("steps") or "the dataset's"},
         domains=domains,
         steps=steps,
         accuracies=np.array(

@@ -15,10 +15,12 @@ TITLES = {
     "leave-one-out": "leave-one-domain-out validation",
     "oracle": "test-domain validation, an oracle",
 }
+DRAWS = "a trial's result is that of its best hyperparameter draw"
+ONE_DRAW = "all trials have the hyperparameters of draw {}"
 CAPTION = (
-    "Accuracy in % on the in-split of the held-out domain, mean ± standard error over trials; a trial's result is that "
-    f"of its best hyperparameter draw. Difference to {BASELINE}: paired over held-out domains and trials, with a 95% "
-    "bootstrap interval. Hours: training of all runs."
+    "Accuracy in % on the in-split of the held-out domain, mean ± standard error over trials; {draws}. Difference to "
+    f"{BASELINE}: paired over trials, with a 95% interval by bootstrap of the trials of each held-out domain (it says "
+    "nothing of other domains). Hours: training of all runs."
 )
 
 
@@ -85,7 +87,8 @@ def _joined(
         parts += [heading(table.title), table_of(table.header, table.rows)]
         if table.remarks:
             parts.append("\n".join(f"{comment}- {remark}" for remark in table.remarks))
-    return "\n\n".join([*parts, comment + CAPTION]) + "\n"
+    caption = CAPTION.format(draws=ONE_DRAW.format(*results[0].draws) if len(results[0].draws) == 1 else DRAWS)
+    return "\n\n".join([*parts, comment + caption]) + "\n"
 
 
 def as_csv(results: Sequence[Results]) -> str:
@@ -117,12 +120,11 @@ def _numbers(cell: Estimate | None) -> dict[str, float]:
     return {} if cell is None else {"accuracy": cell.mean, "error": cell.error, "trials": cell.trials}
 
 
-def _of_row(row: Row) -> dict[str, float]:
-    difference = row.difference
-    interval = (
-        {} if difference is None else {"difference": difference.mean, "low": difference.low, "high": difference.high}
-    )
-    return {**interval, "hours": row.hours}
+def _of_row(row: Row) -> dict[str, float | None]:
+    of_row: dict[str, float | None] = {"hours": row.hours}
+    if row.difference is not None:
+        of_row |= {"difference": row.difference.mean, "low": row.difference.low, "high": row.difference.high}
+    return of_row
 
 
 def as_json(results: Sequence[Results]) -> str:

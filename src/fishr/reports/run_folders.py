@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fishr.errors import RunError
 from fishr.files import write_bytes
-from fishr.records import CONFIG_FILE, DONE_FILE, FORMAT, RECORDS_FILE, SPLITS, RunHistory, complete_lines
+from fishr.records import CONFIG_FILE, DONE_FILE, FORMAT, MAKER, RECORDS_FILE, SPLITS, RunHistory, complete_lines
 from fishr.reports import domainbed
 
 OF_ONE_RUN = ("format", "data", "algorithm", "hparams", "seed", "trial", "draw", "test_domains")
@@ -49,7 +49,7 @@ SCHEMA = pa.schema(
         "hours": pa.float64(),
         "done": pa.bool_(),
     },
-    {"format": "1"},
+    {"format": "2"},
 )
 JUST_NOW_NS = 2 * 10**9
 CHUNK = 500
@@ -226,7 +226,7 @@ def _history(folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[
         draw=config["draw"],
         trial=config["trial"],
         hparams=config["hparams"],
-        protocol={name: value for name, value in config.items() if name not in OF_ONE_RUN},
+        protocol={MAKER: "fishr"} | {name: value for name, value in config.items() if name not in OF_ONE_RUN},
         domains=domains,
         steps=steps,
         accuracies=np.array(

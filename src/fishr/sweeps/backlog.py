@@ -7,7 +7,15 @@ from pathlib import Path
 
 from fishr.records import DONE_FILE
 from fishr.sweeps.folder import failure
-from fishr.sweeps.runs import Order, Outcome, SweepObserver, note_failure, tidy
+from fishr.sweeps.runs import Order, Outcome, SweepObserver, note_failure
+from fishr.training.checkpoint import newest_checkpoint
+from fishr.training.run_folder import CHECKPOINTS, tidy
+
+POLL_SECONDS = 0.5
+"""How often it is looked whether to stop."""
+
+LEAVE_SECONDS = 300.0
+"""How long runs may take to be saved after a stop."""
 
 BUSY_SECONDS = 10.0
 """After how long a run is tried again that another process was working on."""
@@ -19,12 +27,12 @@ class Backlog:
     Args:
         orders: The runs.
         observer: Is told what happens.
-        retries: How often a run is continued whose process died.
+        retries: How often a run is continued whose process died before it came to another checkpoint.
     """
 
     def __init__(self, orders: Iterable[Order], observer: SweepObserver, retries: int) -> None:
         self.observer, self.retries = observer, retries
-        self._deaths: Counter[Path] = Counter()
+        self._deaths: Counter[tuple[Path, Path | None]] = Counter()
         self._waiting = deque(orders)
         self._busy: deque[tuple[float, Order]] = deque()
 
@@ -54,13 +62,12 @@ class Backlog:
 
     def died(self, order: Order, how: str) -> None:
         """The process of a run that was taken has died: the run is the next one again, unless that came too often."""
-        self._deaths[order.folder] += 1
+        reached = order.folder, newest_checkpoint(order.folder / CHECKPOINTS)
+        self._deaths[reached] += 1
         if (settled := _settled(order)) is not None:  # it died after the end of the run
             self.observer.on_outcome(order, settled)
-        elif self._deaths[order.folder] > self.retries:
-            self.observer.on_outcome(
-                order, note_failure(order.folder, f"{how}; so often: {self._deaths[order.folder]}")
-            )
+        elif self._deaths[reached] > self.retries:
+            self.observer.on_outcome(order, note_failure(order.folder, f"{how}; so often: {self._deaths[reached]}"))
         else:
             self.observer.on_retry(order, how)
             self._waiting.appendleft(order)
@@ -69,7 +76,7 @@ class Backlog:
 def _settled(order: Order) -> Outcome | None:
     """What has become of a run, this time or earlier; None where it is still to be made."""
     if (order.folder / DONE_FILE).exists():
-        tidy(order)
+        tidy(order.folder)
         return Outcome("done")
     reason = failure(order.folder)
     return None if reason is None else Outcome("failed", reason)

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from statistics import fmean
 
 import torch
 
-from fishr.algorithms.describe import describe
 from fishr.data.base import MultiDomainDataset
 from fishr.models.build import build_model
 from fishr.sweeps.runs import Order
@@ -37,40 +35,37 @@ class Estimate:
 
 
 def estimate(
-    orders: Sequence[Order], datasets: Mapping[str, MultiDomainDataset], processes: int, threads: int
+    orders: Sequence[Order], datasets: Mapping[str, MultiDomainDataset], processes: int, threads: int, device: str
 ) -> Estimate:
-    """What runs take: of each dataset one is measured on a few steps.
+    """What runs take: of each dataset and algorithm one is measured on a few steps.
 
-    A step of another algorithm takes as many times longer as ``fishr algorithms show`` says; that with a batch of
-    another size, proportionally.
+    A step with a batch of another size takes proportionally longer.
 
     Args:
         orders: The runs.
         datasets: The data, by the names that configs have for them.
         processes: How many runs are made at a time.
         threads: Threads of each of them.
+        device: What is measured on.
     """
+    alike: dict[tuple[str, str], list[Order]] = {}
+    for order in orders:
+        alike.setdefault((order.config.data, order.config.algorithm), []).append(order)
     seconds, kept, largest = 0.0, 0, 0
-    for name in dict.fromkeys(order.config.data for order in orders):
-        of_dataset = [order for order in orders if order.config.data == name]
-        measured = of_dataset[0]
+    for (data, _), of_algorithm in alike.items():
+        measured, dataset = of_algorithm[0], datasets[data]
         with _threads(threads):
-            cost = measure_cost(measured.config, datasets[name], weights=measured.weights, device=measured.device)
-        model = WEIGHT_BYTES * _num_weights(measured.config, datasets[name])
+            cost = measure_cost(measured.config, dataset, weights=measured.weights, device=device)
+        model = WEIGHT_BYTES * _num_weights(measured.config, dataset)
         largest = max(largest, model)
-        for order in of_dataset:
+        for order in of_algorithm:
             config = order.config
+            larger = (config.hparams.batch_size or 1) / (measured.config.hparams.batch_size or 1)
+            seconds += replace(cost, step=cost.step * larger).seconds(config.steps, config.checkpoint_every)
             checkpoints = ceil(config.steps / config.checkpoint_every)
-            step = cost.step * _step_cost(config) / _step_cost(measured.config)
-            seconds += cost.start + config.steps * step + checkpoints * cost.checkpoint
             kept += CONFIG_BYTES + checkpoints * RECORD_BYTES + model * order.keep_model
-    return Estimate(seconds / processes, kept, COPIES * processes * largest)
-
-
-def _step_cost(config: RunConfig) -> float:
-    """Of a training step, in units that are the same for all runs on a dataset."""
-    relative = describe(config.algorithm).step_costs.values()
-    return (config.hparams.batch_size or 1) * (fmean(relative) if relative else 1.0)
+    at_a_time = min(processes, len(orders))
+    return Estimate(seconds / at_a_time, kept, COPIES * at_a_time * largest)
 
 
 def _num_weights(config: RunConfig, dataset: MultiDomainDataset) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import SoftFileLease
 
 from fishr.errors import RunError
 from fishr.files import write_text
@@ -41,6 +41,7 @@ class Job:
         draw: Number of its hyperparameter draw.
         trial: Seed of its splits.
         source: What the dataset is loaded by: its name, or a path.
+        root: Folder of the datasets that have a name.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Job:
     draw: int
     trial: int
     source: str
+    root: str | None
 
     @property
     def title(self) -> str:
@@ -117,7 +119,7 @@ class SweepFolder:
             RunError: the folder holds a sweep with other settings, or something else.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / LOCK):
+        with SoftFileLease(self.path / LOCK, lease_duration=LEASE_SECONDS):
             self.check(settings)
             planned = {job.run: job for job in (*self.jobs(), *jobs)}
             write_text(self._settings, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")

@@ -84,6 +84,8 @@ class Grid:
         if not self.algorithms:
             raise ConfigError("a sweep needs an algorithm or more")
         numbers = {"draws": self.draws, "trials": self.trials, "steps": self.steps}
+        if self.checkpoint_every is not None:
+            numbers["checkpoint-every"] = self.checkpoint_every
         few = [f"{name} must be at least 1, got {value}" for name, value in numbers.items() if value < 1]
         if few:
             raise ConfigError("; ".join(few))
@@ -142,7 +144,7 @@ def _config(
         test_domains=held_out,
         hparams=hyperparameters_of_draw(algorithm, dataset, number, trial) | given,
         model=model,
-        checkpoint_every=grid.checkpoint_every or min(customary, grid.steps),
+        checkpoint_every=min(customary, grid.steps) if grid.checkpoint_every is None else grid.checkpoint_every,
         seed=int(np.random.SeedSequence((number, trial)).generate_state(1)[0]),
         trial=trial,
         precision=grid.precision,

@@ -16,14 +16,8 @@ import torch
 from fishr.devices import num_cpus, torch_device
 from fishr.errors import ConfigError, RunError
 from fishr.sweeps import worker
-from fishr.sweeps.backlog import Backlog
+from fishr.sweeps.backlog import LEAVE_SECONDS, POLL_SECONDS, Backlog
 from fishr.sweeps.runs import Order, Outcome, SweepObserver
-
-POLL_SECONDS = 0.5
-"""How often it is looked whether to stop."""
-
-LEAVE_SECONDS = 300.0
-"""How long a process may take to save its run and leave."""
 
 MOST_FALSE_STARTS = 3
 """So many processes in a row that die before they begin are no accident."""
@@ -84,7 +78,7 @@ def make_runs(
         slots: The processes.
         observer: Is told what happens.
         logs: Folder for what the processes write.
-        retries: How often a run is continued whose process died.
+        retries: How often a run is continued whose process died before it came to another checkpoint.
         should_stop: Asked again and again; once it is true, runs are saved and left.
 
     Returns:

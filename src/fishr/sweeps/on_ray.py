@@ -4,19 +4,19 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from fishr.errors import ConfigError
-from fishr.sweeps.backlog import Backlog
-from fishr.sweeps.runs import Order, Outcome, SweepObserver, make_run
+from fishr.errors import ConfigError, RunError
+from fishr.records import DONE_FILE
+from fishr.sweeps.backlog import LEAVE_SECONDS, POLL_SECONDS, Backlog
+from fishr.sweeps.runs import Order, Outcome, SweepObserver, make_run, note_failure
 
-POLL_SECONDS = 0.5
-"""How often it is looked whether to stop."""
-
-LEAVE_SECONDS = 300.0
-"""How long runs may take to be saved after a stop."""
+APPEAR_SECONDS = 60.0
+"""How late a file may be seen that another node has written: network file systems remember what was not there."""
 
 MOST_SUBMITTED = 1000
 """Tasks that wait in the cluster at a time; the others wait here."""
@@ -29,10 +29,19 @@ class Share:
     Attributes:
         cpus: CPUs, and so many threads.
         gpus: GPUs; of 0.5 each, two runs share one.
+
+    Raises:
+        ConfigError: numbers that no run can have.
     """
 
     cpus: int = 1
     gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cpus < 1:
+            raise ConfigError(f"cpus-per-run must be at least 1, got {self.cpus}")
+        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+            raise ConfigError(f"gpus-per-run must be a part of one GPU, or a whole number, got {self.gpus:g}")
 
 
 def make_runs(
@@ -53,36 +62,17 @@ def make_runs(
         observer: Is told what happens.
         address: Of the cluster; None for the one that this machine belongs to, or else a new one on this machine.
         share: What a run takes of a node.
-        retries: How often a run is continued whose process or node died.
+        retries: How often a run is continued whose process or node died before it came to another checkpoint.
         should_stop: Asked again and again; once it is true, runs are saved and left.
 
     Returns:
         Whether all runs are done or failed; False after a stop.
 
     Raises:
-        ConfigError: Ray is not installed, or there is no cluster at the address.
+        ConfigError: Ray is not installed, there is no cluster at the address, or runs are given none of its GPUs.
+        RunError: nodes write where this machine does not see it.
     """
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--executor ray needs Ray: pip install 'fishr[ray]'") from None
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, runtime_env={"env_vars": _environment()}, log_to_driver=False)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"there is no Ray cluster to be found{f' at {address}' if address else ''}: {error}"
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which would leave without saving
-    gpus = sum(node["Resources"].get("GPU", 0) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    if gpus and not share.gpus and any(order.device != "cpu" for order in orders):
-        ray.shutdown()
-        raise ConfigError(
-            f"the cluster has {gpus:.0f} GPUs: say how many a run takes (--gpus-per-run 0.5: two runs share one), or "
-            "--device cpu"
-        )
-    task = ray.remote(_make_run).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)
+    ray = _connected(address)
     backlog = Backlog(orders, observer, retries)
     submitted: dict[Any, Order] = {}
 
@@ -93,12 +83,19 @@ def make_runs(
                 outcome = ray.get(reference)
             except ray.exceptions.TaskCancelledError:
                 backlog.hear(order, Outcome("stopped"))
-            except ray.exceptions.RayError as error:  # of process or node: a run's own failure is an outcome
-                backlog.died(order, f"its process died ({type(error).__name__})")
+            except ray.exceptions.RayTaskError as error:
+                backlog.hear(order, note_failure(order.folder, _reason(error), str(error)))
+            except ray.exceptions.RayError as error:
+                backlog.died(order, f"its process died ({type(error).__name__}: {_reason(error)})")
             else:
+                if outcome["state"] == "done":
+                    _check_seen(order.folder / DONE_FILE)
                 backlog.hear(order, Outcome(**outcome))
 
     try:
+        _check_share([node["Resources"] for node in ray.nodes() if node["Alive"]], share, orders)
+        # One run a process: a CUDA error, say, would fail all further runs of the process.
+        task = ray.remote(_make_run).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0, max_calls=1)
         while not should_stop():
             while len(submitted) < MOST_SUBMITTED and (order := backlog.take()):
                 submitted[task.remote(order.as_dict())] = order
@@ -116,6 +113,69 @@ def make_runs(
         return False
     finally:
         ray.shutdown()
+
+
+def _connected(address: str | None) -> Any:
+    """The module ``ray``, connected to a cluster.
+
+    Raises:
+        ConfigError: it is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--executor ray needs Ray: pip install 'fishr[ray]'") from None
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, runtime_env={"env_vars": _environment()}, log_to_driver=False)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"there is no Ray cluster to be found{f' at {address}' if address else ''}: {error}"
+        ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place, which would leave without saving
+    return ray
+
+
+def _check_share(nodes: Sequence[Mapping[str, float]], share: Share, orders: Sequence[Order]) -> None:
+    """Check that runs which could use the cluster's GPUs are given some; warn where no node has what a run takes.
+
+    Raises:
+        ConfigError: they are given none.
+    """
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    if gpus and not share.gpus and any(order.device != "cpu" for order in orders):
+        raise ConfigError(
+            f"the cluster has {gpus:.0f} GPUs: say how many a run takes (--gpus-per-run 0.5: two runs share one), or "
+            "--device cpu"
+        )
+    if not any(node.get("CPU", 0) >= share.cpus and node.get("GPU", 0) >= share.gpus for node in nodes):
+        warnings.warn(
+            f"no node of the cluster has the {share.cpus} CPUs and {share.gpus:g} GPUs that a run takes: the runs wait "
+            "for one that has",
+            stacklevel=3,
+        )
+
+
+def _check_seen(file: Path) -> None:
+    """Check that what a node has written is seen here.
+
+    Raises:
+        RunError: it is not.
+    """
+    until = time.monotonic() + APPEAR_SECONDS
+    while not file.exists():
+        if time.monotonic() > until:
+            raise RunError(
+                f"a run is done on its node, but {file} is not there: the folder must lie on a file system that all "
+                "nodes share"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray says of an error."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _make_run(order: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fishr.errors import FishrError, RunBusyError, RunInterruptedError
 from fishr.files import write_text
 from fishr.records import FAILED_FILE
 from fishr.sweeps.grid import Source
-from fishr.training import RunConfig, run_folder, train
+from fishr.training import RunConfig, train
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_run(order: Order) -> Outcome:
     """Make the run, or what is missing of it. A failure is written into its folder, and is no failure of the caller."""
     try:
         dataset = _dataset(json.dumps(asdict(order.source)))
-        train(order.config, dataset, order.folder, weights=order.weights, device=order.device)
+        trained = train(order.config, dataset, order.folder, weights=order.weights, device=order.device).trained
     except RunBusyError:
         return Outcome("busy")
     except RunInterruptedError:
@@ -97,15 +97,9 @@ def make_run(order: Order) -> Outcome:
         reason = str(error) if isinstance(error, FishrError) else f"{type(error).__name__}: {error}"
         return note_failure(order.folder, reason, traceback.format_exc())
     (order.folder / FAILED_FILE).unlink(missing_ok=True)
-    tidy(order)
+    if trained and not order.keep_model:
+        shutil.rmtree(order.folder / "model")
     return Outcome("done")
-
-
-def tidy(order: Order) -> None:
-    """Remove what a run that is done needs no more, its model too if it was not asked for."""
-    run_folder.tidy(order.folder)
-    if not order.keep_model:
-        shutil.rmtree(order.folder / "model", ignore_errors=True)
 
 
 def note_failure(folder: Path, reason: str, details: str = "") -> Outcome:

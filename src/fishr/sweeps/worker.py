@@ -1,7 +1,7 @@
 """A process that makes runs, one after the other: ``python -m fishr.sweeps.worker``, for :mod:`fishr.sweeps.local`.
 
 Orders come as lines of JSON on stdin, outcomes go as lines of JSON to what was stdout. When stdin ends, whoever started
-the process is gone: the run at hand is saved and the process leaves.
+the process is gone: the run at hand is saved and the process leaves. It leaves after a failure too.
 """
 
 import json
@@ -42,6 +42,8 @@ def main() -> None:
         outcome = make_run(Order.from_dict(json.loads(line)))
         busy.clear()
         say(outcome)
+        if outcome.state == "failed":  # a CUDA error, say, would fail all further runs of the process
+            break
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class RunFolder:
         if self._held is None:
             return
         owner = self._held.owner
-        if owner is not None and owner.token != self._held.token:
+        if owner is None or owner.token != self._held.token:
             raise RunBusyError(
                 f"another process has taken over the run in {self.path}, as this one was silent for "
                 f"{LEASE_SECONDS:.0f} s: it stops"
@@ -192,7 +192,9 @@ def _differences(path: Path, config: RunConfig) -> list[str]:
             return [f"algorithm: {content['algorithm']} → {config.algorithm}"]
         return RunConfig.from_dict(content).differences(config)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read ({type(error).__name__}: {error}): choose another --output") from None
+        raise RunError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): choose another --output, or delete the folder"
+        ) from None
     except RunError:
         raise
     except FishrError as error:

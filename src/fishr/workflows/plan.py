@@ -25,7 +25,7 @@ class Extent:
     steps: int
 
     def __str__(self) -> str:
-        return f"{_count(self.draws, 'draw')}, {_count(self.seeds, 'seed')}, {self.steps:,} steps"
+        return f"{count(self.draws, 'draw')}, {count(self.seeds, 'seed')}, {self.steps:,} steps"
 
 
 def fit(asked: Extent, budget: float | None, seconds: Callable[[Extent], float]) -> Extent:
@@ -95,5 +95,5 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

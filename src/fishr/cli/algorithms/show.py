@@ -14,7 +14,7 @@ def show(
     name: str = typer.Argument(..., help="Its name, or package.module:Class."),
     as_json: bool = Json,
 ) -> None:
-    """One algorithm: objective, hyperparameters, reference; the cost of a step, where it was measured.
+    """One algorithm: objective, hyperparameters, cost of a step as it was measured, reference.
 
     Examples:
 
@@ -43,7 +43,7 @@ def show(
             print_line(f"    Searched: {_by_kind(each.spaces)}")
     print_line("")
     for case, cost in described.step_costs.items():
-        print_line(f"A step takes {cost:.2f} times as long as ERM's ({case}).")
+        print_line(f"A step takes about {cost:.1f} times as long as ERM's ({case}).")
     print_line(f"Reference: {described.reference}")
 
 

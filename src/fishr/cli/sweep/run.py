@@ -16,7 +16,7 @@ from fishr.errors import ConfigError, RunInterruptedError
 from fishr.records import DONE_FILE
 from fishr.registry import unknown
 from fishr.sweeps.folder import Job, SweepFolder, failure
-from fishr.workflows.plan import duration
+from fishr.workflows.plan import count, duration
 
 if TYPE_CHECKING:
     from fishr.data import MultiDomainDataset
@@ -57,7 +57,7 @@ def run(
     precision: str = options.Precision,
     subset: int | None = options.Subset,
     keep_models: bool = typer.Option(
-        False, "--keep-models", help="Keep each run's model; tables need the records only."
+        False, "--keep-models", help="Keep the model of each run made; tables need the records only."
     ),
     config_file: Path | None = ConfigFile,
     executor: str = typer.Option("local", "--executor", help="local, or ray.", rich_help_panel=SCALE),
@@ -68,12 +68,17 @@ def run(
         rich_help_panel=SCALE,
     ),
     address: str | None = typer.Option(None, "--address", help="Of the Ray cluster.", rich_help_panel=SCALE),
-    cpus_per_run: int = typer.Option(1, "--cpus-per-run", help="CPUs of a run (ray).", rich_help_panel=SCALE),
-    gpus_per_run: float = typer.Option(
-        0.0, "--gpus-per-run", help="GPUs of a run, or a part of one (ray).", rich_help_panel=SCALE
+    cpus_per_run: int | None = typer.Option(
+        None, "--cpus-per-run", help="CPUs of a run (ray); default 1.", rich_help_panel=SCALE
+    ),
+    gpus_per_run: float | None = typer.Option(
+        None, "--gpus-per-run", help="GPUs of a run, or a part of one (ray); default none.", rich_help_panel=SCALE
     ),
     retries: int = typer.Option(
-        2, "--retries", help="How often a run is continued whose process or node died.", rich_help_panel=SCALE
+        2,
+        "--retries",
+        help="How often a run is continued whose process or node died before it came to another checkpoint.",
+        rich_help_panel=SCALE,
     ),
     data_root: Path | None = DataRoot,
     image_size: int | None = options.ImageSize,
@@ -111,6 +116,15 @@ def run(
 
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
+    of_executors: dict[str, Mapping[str, object]] = {
+        "local": {"--slots": num_slots},
+        "ray": {"--address": address, "--cpus-per-run": cpus_per_run, "--gpus-per-run": gpus_per_run},
+    }
+    for of_executor, values in of_executors.items():
+        for name, value in values.items():
+            if of_executor != executor and value is not None:
+                raise ConfigError(f"{name} is of --executor {of_executor}, not {executor}")
+    share = on_ray.Share(1 if cpus_per_run is None else cpus_per_run, gpus_per_run or 0.0)
     grid = Grid(
         algorithms=tuple(algorithms),
         test_domains=tuple(test_domain) if test_domain else None,
@@ -166,17 +180,21 @@ def run(
         ]
     done = sum((order.folder / DONE_FILE).exists() for order in orders)
     missing = [order for order in orders if not (order.folder / DONE_FILE).exists() and failure(order.folder) is None]
-    slots = local.slots(num_slots, device)
-    at_a_time, threads = (len(slots), len(slots[0].cpus)) if executor == "local" else (1, cpus_per_run)
+    slots = local.slots(num_slots, device) if executor == "local" else []
     say = print_notice if not quiet or dry_run else _say_nothing
-    say(f"{_count(len(orders), 'run')}: {_made_of(grid, loaded)}; {done:,} of them done")
+    say(f"{count(len(orders), 'run')}: {_made_of(grid, loaded)}; {done:,} of them done")
     if missing:
         say("measuring how long a run takes")
-        takes = estimate(missing, loaded, at_a_time, threads)
-        several = "" if executor == "local" else " (a cluster makes several)"
+        if executor == "local":
+            threads = len(slots[0].cpus)
+            takes = estimate(missing, loaded, len(slots), threads, device)
+            how = f"{count(len(slots), 'run')} at a time, {count(threads, 'thread')} each"
+        else:
+            takes = estimate(missing, loaded, 1, share.cpus, "auto")
+            how = f"one after the other with {count(share.cpus, 'thread')} on this machine; a cluster makes several"
         say(
-            f"about {duration(takes.seconds)} for the others, {_count(at_a_time, 'run')} at a time{several}, "
-            f"{_count(threads, 'thread')} each; disk: {_size(takes.kept)}, and up to {_size(takes.working)} meanwhile"
+            f"about {duration(takes.seconds)} for the others, {how}; "
+            f"disk: {_size(takes.kept)}, and up to {_size(takes.working)} meanwhile"
         )
     if dry_run:
         return
@@ -191,7 +209,6 @@ def run(
                 orders, slots, watcher, logs=sweep.logs, retries=retries, should_stop=should_stop
             )
         else:
-            share = on_ray.Share(cpus_per_run, gpus_per_run)
             finished = on_ray.make_runs(
                 orders, watcher, address=address, share=share, retries=retries, should_stop=should_stop
             )
@@ -200,10 +217,10 @@ def run(
             f"stopped; the runs are saved in {output}: the same command continues",
             signalled.signal_number or signal.SIGTERM,
         )
-    print_line(f"{_count(watcher.counts['done'], 'run')} done; tables: fishr report {output}")
+    print_line(f"{count(watcher.counts['done'], 'run')} done; tables: fishr report {output}")
     if failed := watcher.counts["failed"]:
         print_notice(
-            f"{_count(failed, 'run')} failed: fishr sweep status {output} says why; after fishr sweep retry {output} "
+            f"{count(failed, 'run')} failed: fishr sweep status {output} says why; after fishr sweep retry {output} "
             "the same command makes them again"
         )
         raise typer.Exit(SOME_FAILED)
@@ -255,22 +272,19 @@ def _job(order: "Order") -> Job:
         config.draw,
         config.trial,
         order.source.name,
+        order.source.root,
     )
 
 
 def _made_of(grid: "Grid", datasets: Mapping[str, "MultiDomainDataset"]) -> str:
     parts = (
-        _count(len(datasets), "dataset"),
-        _count(len(set(grid.algorithms)), "algorithm"),
+        count(len(datasets), "dataset"),
+        count(len(set(grid.algorithms)), "algorithm"),
         "held-out domains and pairs of them" if grid.leave_one_out else "held-out domains",
-        _count(grid.draws, "draw"),
-        _count(grid.trials, "trial"),
+        count(grid.draws, "draw"),
+        count(grid.trials, "trial"),
     )
     return " x ".join(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(number: int) -> str:

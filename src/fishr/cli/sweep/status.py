@@ -44,7 +44,7 @@ def status(
     if not live:
         stdout.print(_shown(progress))
         return
-    with Live(_shown(progress), console=stdout, auto_refresh=False) as screen:
+    with Live(_shown(progress), console=stdout, auto_refresh=False, vertical_overflow="visible") as screen:
         while any(each.state in ("waiting", "running") for each in progress):
             time.sleep(REFRESH_SECONDS)
             progress = sweep.progress()
@@ -67,10 +67,12 @@ def _shown(progress: Sequence[Progress]) -> Group:
         ]
         parts.append(table_of(header, cells[:MOST_SHOWN]))
     failed = [each for each in progress if each.state == "failed"]
-    if failed:
-        reasons = [(one_line(each.job.title), one_line(each.reason)) for each in failed]
-        parts.append(table_of(("failed", "reason"), reasons[:MOST_SHOWN], left=2))
-    for name, runs in (("running", running), ("failed", failed)):
+    damaged = [each for each in progress if each.reason and each.state != "failed"]
+    for name, runs in (("failed", failed), ("damaged", damaged)):
+        if runs:
+            reasons = [(one_line(each.job.title), one_line(each.reason)) for each in runs]
+            parts.append(table_of((name, "reason"), reasons[:MOST_SHOWN], left=2))
+    for name, runs in (("running", running), ("failed", failed), ("damaged", damaged)):
         if len(runs) > MOST_SHOWN:
             parts.append(Text(f"{len(runs) - MOST_SHOWN:,} more runs are {name}; --json names all."))
     done = sum(each.state == "done" for each in progress)
