@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +125,7 @@ class RunHistory:
         of_checkpoints: NDArray[np.float64] = self.accuracies[SPLITS.index(split), :, self.domains.index(domain)]
         return of_checkpoints
 
-    @property
+    @cached_property
     def validated_domains(self) -> list[str]:
         """Domains whose out-split was evaluated."""
         evaluated = ~np.isnan(self.accuracies[SPLITS.index("out")]).all(axis=0)

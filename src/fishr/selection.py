@@ -123,9 +123,10 @@ def _alone(runs: Sequence[RunHistory], held_out: str) -> list[tuple[RunHistory, 
 
 def _best_checkpoint(run: RunHistory, held_out: str, validation: NDArray[np.float64]) -> Selected | None:
     """The first of the best checkpoints, of those that have a validation at all."""
-    if np.isnan(validation).all():
+    missing = np.isnan(validation)
+    if missing.all():
         return None
-    best = int(np.nanargmax(validation))
+    best = int(np.where(missing, -np.inf, validation).argmax())
     return _selected(run, held_out, best, validation[best])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fishr.records import MAKER, RunHistory
-from fishr.reports.benchmark import Interval, Row, bootstrap, results
+from fishr.reports.benchmark import Interval, Results, Row, bootstrap, results
 from fishr.reports.domainbed import DATASETS, algorithm_name
 from fishr.reports.render import FORMATS
 from fishr.reports.run_folders import read_histories
@@ -29,6 +29,11 @@ def histories(domainbed_sweep: Path) -> list[RunHistory]:
     return list(read_histories([domainbed_sweep]).histories)
 
 
+def results_by(histories: Sequence[RunHistory], rule: str) -> Results:
+    (of_rule,) = results(histories, rule)
+    return of_rule
+
+
 def published_tables() -> dict[tuple[str, str], dict[str, list[str]]]:
     """By rule and dataset (or ``averages``), the cells of each algorithm."""
     tables: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -43,7 +48,7 @@ def published_tables() -> dict[tuple[str, str], dict[str, list[str]]]:
 
 @pytest.mark.parametrize("rule", RULES.values())
 def test_tables_of_domainbeds_folders_are_those_that_its_own_script_prints(rule, histories):
-    ours = results(histories, rule)
+    ours = results_by(histories, rule)
     for (of_rule, name), published in published_tables().items():
         if of_rule == rule:
             rows = ours.averages if name == "averages" else ours.datasets[name]
@@ -62,7 +67,7 @@ def row(rows: Sequence[Row], algorithm: str) -> Row:
 
 
 def test_what_is_missing_is_named(histories: list[RunHistory]) -> None:
-    ours = results(histories, "training")
+    ours = results_by(histories, "training")
     assert row(ours.datasets["rotated-mnist"], "fishr").cells["75"] is None
     assert row(ours.datasets["rotated-mnist"], "fishr").average is None
     assert "fishr on 75: 0 of 3 trials" in ours.remarks["rotated-mnist"]
@@ -81,12 +86,12 @@ def test_a_whole_sweep_has_no_remarks(histories: list[RunHistory]) -> None:
         for history in histories
         if (history.dataset, history.algorithm, history.trial, history.draw) == ("pacs", "fishr", 1, 0)
     ]
-    assert results(whole, "training").remarks == {"pacs": []}
+    assert results_by(whole, "training").remarks == {"pacs": []}
 
 
 def test_an_average_without_a_domain_that_nobody_holds_out_is_none(histories: list[RunHistory]) -> None:
     some = [history for history in histories if history.dataset == "pacs" and "photo" not in history.test_domains]
-    ours = results(some, "training")
+    ours = results_by(some, "training")
     assert list(ours.datasets["pacs"][0].cells) == ["art_painting", "cartoon", "sketch"]
     assert [each.average for each in ours.datasets["pacs"]] == [None] * 3
     assert ours.remarks["pacs"][0] == "no run holds out photo"
@@ -97,14 +102,14 @@ def test_runs_that_say_to_be_the_same_are_named(histories: list[RunHistory]) -> 
     twice = [*histories, replace(run, folder="elsewhere")]
     assert (
         f"1 runs lie in two folders or more, and count together (such as {run.folder}, elsewhere)"
-        in (results(twice, "training").remarks[run.dataset])
+        in (results_by(twice, "training").remarks[run.dataset])
     )
 
 
 def test_runs_that_should_share_a_setting_and_do_not_are_named(histories: list[RunHistory]) -> None:
     run = histories[0]
     longer = [replace(run, protocol={**run.protocol, "steps": 5001, "average": {"name": "swad"}}), *histories[1:]]
-    remarks = results(longer, "training").remarks[run.dataset]
+    remarks = results_by(longer, "training").remarks[run.dataset]
     assert [remark for remark in remarks if "differ" in remark] == [
         "runs differ in steps: 5001, 601",
         "runs differ in average.name: swad, not set",
@@ -113,23 +118,28 @@ def test_runs_that_should_share_a_setting_and_do_not_are_named(histories: list[R
 
 def test_domainbeds_runs_beside_ours_are_named(histories: list[RunHistory]) -> None:
     ours = replace(histories[0], protocol={MAKER: "fishr", "steps": 5001, "seed": 3})
-    remarks = results([ours, *histories[1:]], "training").remarks[ours.dataset]
+    remarks = results_by([ours, *histories[1:]], "training").remarks[ours.dataset]
     assert "runs were made by fishr and by DomainBed, whose draws are not the same" in remarks
     assert not any("differ" in remark for remark in remarks)
 
 
 def test_pairs_of_held_out_domains_add_no_columns(histories: list[RunHistory]) -> None:
     of_sketch = [run for run in histories if run.dataset == "pacs" and "sketch" in run.test_domains]
-    ours = results(of_sketch, "leave-one-out")
+    ours = results_by(of_sketch, "leave-one-out")
     assert list(ours.datasets["pacs"][0].cells) == ["sketch"]
     assert all(row.cells["sketch"] is not None for row in ours.datasets["pacs"])
     assert ours.remarks["pacs"][0] == "no run holds out art_painting, cartoon, photo"
     pairs = [run for run in of_sketch if len(run.test_domains) == 2]
-    assert list(results(pairs, "training").datasets["pacs"][0].cells) == ["art_painting", "cartoon", "photo", "sketch"]
+    assert list(results_by(pairs, "training").datasets["pacs"][0].cells) == [
+        "art_painting",
+        "cartoon",
+        "photo",
+        "sketch",
+    ]
 
 
 def test_the_difference_is_paired_and_its_mean_that_of_the_averages(histories: list[RunHistory]) -> None:
-    ours = results(histories, "training")
+    ours = results_by(histories, "training")
     fishr, erm = (row(ours.datasets["colored-mnist"], name) for name in ("fishr", "erm"))
     assert erm.difference is None
     assert fishr.difference is not None
@@ -140,7 +150,7 @@ def test_the_difference_is_paired_and_its_mean_that_of_the_averages(histories: l
 
 
 def test_there_is_no_difference_where_a_domain_has_no_result(histories: list[RunHistory]) -> None:
-    ours = results(histories, "training")
+    ours = results_by(histories, "training")
     assert row(ours.datasets["rotated-mnist"], "fishr").difference is None
     assert row(ours.averages, "fishr").difference is None
     assert row(ours.datasets["rotated-mnist"], "vrex").difference is not None
@@ -174,12 +184,12 @@ def test_ranks_are_means_over_held_out_domains(histories: list[RunHistory]) -> N
     colored = [history for history in histories if history.dataset == "colored-mnist"]
     # +90%: 68.2, 62.1, 68.2; +80%: 74.2, 71.2, 71.2; -90%: 53.0, 68.2, 83.3 (ERM, Fishr, V-REx, as published)
     expected = {"erm": (1.5 + 1 + 3) / 3, "fishr": (3 + 2.5 + 2) / 3, "vrex": (1.5 + 2.5 + 1) / 3}
-    assert results(colored, "training").ranks == pytest.approx(expected)
-    assert "fishr" not in results(histories, "training").ranks
+    assert results_by(colored, "training").ranks == pytest.approx(expected)
+    assert "fishr" not in results_by(histories, "training").ranks
 
 
 def test_hours_are_those_of_all_runs(histories: list[RunHistory]) -> None:
-    ours = results(histories, "training")
+    ours = results_by(histories, "training")
     expected = sum(history.hours for history in histories if history.algorithm == "vrex")
     assert row(ours.averages, "vrex").hours == pytest.approx(expected)
     total = sum(row.hours for rows in ours.datasets.values() for row in rows)
@@ -188,7 +198,7 @@ def test_hours_are_those_of_all_runs(histories: list[RunHistory]) -> None:
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_every_format_says_all_numbers(output_format: str, histories: list[RunHistory]) -> None:
-    text = FORMATS[output_format]([results(histories, rule) for rule in RULES.values()])
+    text = FORMATS[output_format](results(histories, *RULES.values()))
     numbers = {"csv": "89.39393939393939", "json": "89.39393939393939", "latex": r"89.4 $\pm$ 4.9"}
     assert numbers.get(output_format, "89.4 ± 4.9") in text
     for name in ("erm", "fishr", "vrex", "pacs"):
@@ -196,7 +206,7 @@ def test_every_format_says_all_numbers(output_format: str, histories: list[RunHi
 
 
 def test_csv_has_all_numbers(histories: list[RunHistory]) -> None:
-    ours = results(histories, "training")
+    ours = results_by(histories, "training")
     lines = list(csv.DictReader(FORMATS["csv"]([ours]).splitlines()))
 
     def line(dataset: str, held_out: str, algorithm: str) -> dict[str, str]:
@@ -223,19 +233,19 @@ def test_csv_has_all_numbers(histories: list[RunHistory]) -> None:
 
 def test_ranks_are_in_the_last_table(histories: list[RunHistory]) -> None:
     colored = [history for history in histories if history.dataset == "colored-mnist"]
-    assert "mean rank" in FORMATS["text"]([results(colored, "training")])
-    assert FORMATS["text"]([results(histories, "training")]).count("mean rank") == 1
+    assert "mean rank" in FORMATS["text"](results(colored, "training"))
+    assert FORMATS["text"](results(histories, "training")).count("mean rank") == 1
 
 
 def test_json_reads_back(histories: list[RunHistory]) -> None:
-    content = json.loads(FORMATS["json"]([results(histories, rule) for rule in RULES.values()]))
+    content = json.loads(FORMATS["json"](results(histories, *RULES.values())))
     assert list(content) == list(RULES.values())
     (erm, *_) = content["oracle"]["averages"]
     assert f"{erm['average']:.1f}" == "78.1"
 
 
 def test_latex_escapes_what_is_special_in_it(histories: list[RunHistory]) -> None:
-    text = FORMATS["latex"]([results(histories, "training")])
+    text = FORMATS["latex"](results(histories, "training"))
     assert r"+90\%" in text
     assert r"art\_painting" in text
     outside_comments = [line for line in text.splitlines() if not line.startswith("%")]

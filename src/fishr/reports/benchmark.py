@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from fishr.records import MAKER, RunHistory, flat_settings
 from fishr.reports.comparison import BASELINE, CONFIDENCE
@@ -119,48 +119,22 @@ def selections(histories: Sequence[RunHistory], rule: str) -> Selections:
     return selected
 
 
-def results(histories: Sequence[RunHistory], rule: str) -> Results:
-    """The results of a benchmark by one of :data:`fishr.selection.RULES`."""
-    return _Benchmark(histories, rule).results()
+def results(histories: Sequence[RunHistory], *rules: str) -> list[Results]:
+    """The results of a benchmark by each of some of :data:`fishr.selection.RULES`."""
+    runs = _Runs(histories)
+    return [_OfRule(runs, rule).results() for rule in rules]
 
 
-class _Benchmark:
-    """Runs by what they are of, and what the rule selects of them."""
+class _Runs:
+    """Runs by what they are of."""
 
-    def __init__(self, histories: Sequence[RunHistory], rule: str) -> None:
-        self.histories, self.rule = histories, rule
+    def __init__(self, histories: Sequence[RunHistory]) -> None:
+        self.histories = histories
         present = {history.dataset for history in histories}
         published = [name for name, _ in DATASETS.values() if name in present]
         self.datasets = [*published, *sorted(present.difference(published))]
         names = sorted({history.algorithm for history in histories})
         self.algorithms = sorted(names, key=lambda name: name != BASELINE)
-
-    def results(self) -> Results:
-        return Results(
-            self.rule,
-            sorted({history.draw for history in self.histories}),
-            {dataset: [self._row_of_dataset(dataset, name) for name in self.algorithms] for dataset in self.datasets},
-            [self._row_of_averages(name) for name in self.algorithms],
-            self._ranks(),
-            {
-                dataset: [
-                    *self._missing_domains(dataset),
-                    *self._missing_trials(dataset),
-                    *self._missing_draws(dataset),
-                    *self._unfinished(dataset),
-                    *self._made_twice(dataset),
-                    *self._protocols_that_differ(dataset),
-                ]
-                for dataset in self.datasets
-            },
-            [
-                f"{dataset}, {said}"
-                for dataset in self.datasets
-                for said in (*self._missing_domains(dataset), *self._missing_trials(dataset))
-            ],
-        )
-
-    # What there is
 
     @cached_property
     def of_dataset(self) -> Mapping[str, Sequence[RunHistory]]:
@@ -168,10 +142,6 @@ class _Benchmark:
         for history in self.histories:
             runs[history.dataset].append(history)
         return runs
-
-    @cached_property
-    def selected(self) -> Selections:
-        return selections(self.histories, self.rule)
 
     @cached_property
     def held_out(self) -> Mapping[str, Sequence[str]]:
@@ -201,104 +171,22 @@ class _Benchmark:
             hours[run.dataset, run.algorithm] += run.hours
         return hours
 
-    def trials(self, dataset: str, algorithm: str, domain: str) -> Mapping[int, float]:
-        """Of each trial the accuracy of its best draw."""
-        trials = self.selected.get((dataset, algorithm, domain), {})
-        return {trial: best_draw(of_draws).accuracy for trial, of_draws in trials.items()}
-
-    # What it says
-
-    def _row_of_dataset(self, dataset: str, algorithm: str) -> Row:
-        cells = {
-            domain: _estimate(self.trials(dataset, algorithm, domain).values()) for domain in self.held_out[dataset]
-        }
-        return Row(
-            algorithm,
-            cells,
-            None if self.never_held_out[dataset] else _average(cells.values()),
-            self._difference([dataset], algorithm),
-            self.hours[dataset, algorithm],
-        )
-
-    def _row_of_averages(self, algorithm: str) -> Row:
-        cells = {}
-        for dataset in self.datasets:
-            of_trials: dict[int, list[float]] = defaultdict(list)
-            for domain in self.held_out[dataset]:
-                for trial, accuracy in self.trials(dataset, algorithm, domain).items():
-                    of_trials[trial].append(accuracy)
-            cells[dataset] = _estimate([float(np.mean(accuracies)) for _, accuracies in sorted(of_trials.items())])
-        return Row(
-            algorithm,
-            cells,
-            _average(cells.values()),
-            self._difference(self.datasets, algorithm),
-            sum(self.hours[dataset, algorithm] for dataset in self.datasets),
-        )
-
-    def _difference(self, datasets: Iterable[str], algorithm: str) -> Interval | None:
-        """Difference of the averages to the baseline's, of the trials that both have; None where a domain has none."""
-        if algorithm == BASELINE:
-            return None
-        pairs = []
-        for dataset in datasets:
-            of_dataset = []
-            for domain in self.held_out[dataset]:
-                ours, theirs = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
-                of_domain = [100 * (ours[trial] - theirs[trial]) for trial in ours if trial in theirs]
-                if not of_domain:
-                    return None
-                of_dataset.append(np.array(of_domain))
-            pairs.append(of_dataset)
-        return bootstrap(pairs)
-
-    def _ranks(self) -> dict[str, float]:
-        """Mean rank over all held-out domains, of algorithms that have a result on each of them."""
-        means = {
-            name: [
-                _estimate(self.trials(dataset, name, domain).values())
-                for dataset in self.datasets
-                for domain in self.held_out[dataset]
+    @cached_property
+    def remarks(self) -> Mapping[str, Sequence[str]]:
+        """What is to be known of each dataset's runs, whatever the rule."""
+        return {
+            dataset: [
+                *self._unfinished(dataset),
+                *self._made_twice(dataset),
+                *self._protocols_that_differ(dataset),
             ]
-            for name in self.algorithms
+            for dataset in self.datasets
         }
-        complete = {
-            # Rounded, as equal results of different order of addition are a tie.
-            name: [-round(estimate.mean, 9) for estimate in estimates if estimate is not None]
-            for name, estimates in means.items()
-            if None not in estimates
-        }
-        if len(complete) < 2:
-            return {}
-        ranks = rankdata(list(complete.values()), axis=0).mean(axis=1)
-        return dict(zip(complete, ranks.tolist(), strict=True))
 
-    def _missing_domains(self, dataset: str) -> list[str]:
+    def missing_domains(self, dataset: str) -> list[str]:
         """Domains that nobody holds out: an average without them is none."""
         domains = self.never_held_out[dataset]
         return [f"no run holds out {', '.join(domains)}"] if domains else []
-
-    def _missing_trials(self, dataset: str) -> list[str]:
-        """Trials that others of the dataset have."""
-        num_trials = len({run.trial for run in self.of_dataset[dataset]})
-        counts = {
-            (name, domain): len(self.selected.get((dataset, name, domain), {}))
-            for name in self.algorithms
-            for domain in self.held_out[dataset]
-        }
-        return _sentences({of: f"{count} of {num_trials} trials" for of, count in counts.items() if count < num_trials})
-
-    def _missing_draws(self, dataset: str) -> list[str]:
-        """Draws that others of the dataset have."""
-        num_draws = len({run.draw for run in self.of_dataset[dataset]})
-        fewest = {
-            (name, domain): min(map(len, trials.values()))
-            for (of_dataset, name, domain), trials in self.selected.items()
-            if of_dataset == dataset
-        }
-        return _sentences(
-            {of: f"a trial with {few} of {num_draws} draws" for of, few in fewest.items() if few < num_draws}
-        )
 
     def _unfinished(self, dataset: str) -> list[str]:
         runs = self.of_dataset[dataset]
@@ -331,10 +219,138 @@ class _Benchmark:
         return said
 
 
+class _OfRule:
+    """What a rule makes of the runs."""
+
+    def __init__(self, runs: _Runs, rule: str) -> None:
+        self.runs, self.rule = runs, rule
+        self.selected = selections(runs.histories, rule)
+        self.accuracies = {
+            cell: {trial: best_draw(of_draws).accuracy for trial, of_draws in trials.items()}
+            for cell, trials in self.selected.items()
+        }
+
+    def results(self) -> Results:
+        runs = self.runs
+        return Results(
+            self.rule,
+            sorted({history.draw for history in runs.histories}),
+            {dataset: [self._row_of_dataset(dataset, name) for name in runs.algorithms] for dataset in runs.datasets},
+            [self._row_of_averages(name) for name in runs.algorithms],
+            self._ranks(),
+            {
+                dataset: [
+                    *runs.missing_domains(dataset),
+                    *self._missing_trials(dataset),
+                    *self._missing_draws(dataset),
+                    *runs.remarks[dataset],
+                ]
+                for dataset in runs.datasets
+            },
+            [
+                f"{dataset}, {said}"
+                for dataset in runs.datasets
+                for said in (*runs.missing_domains(dataset), *self._missing_trials(dataset))
+            ],
+        )
+
+    def trials(self, dataset: str, algorithm: str, domain: str) -> Mapping[int, float]:
+        """Of each trial the accuracy of its best draw."""
+        return self.accuracies.get((dataset, algorithm, domain), {})
+
+    def _row_of_dataset(self, dataset: str, algorithm: str) -> Row:
+        held_out = self.runs.held_out[dataset]
+        cells = {domain: _estimate(self.trials(dataset, algorithm, domain).values()) for domain in held_out}
+        return Row(
+            algorithm,
+            cells,
+            None if self.runs.never_held_out[dataset] else _average(cells.values()),
+            self._difference([dataset], algorithm),
+            self.runs.hours[dataset, algorithm],
+        )
+
+    def _row_of_averages(self, algorithm: str) -> Row:
+        cells = {}
+        for dataset in self.runs.datasets:
+            of_trials: dict[int, list[float]] = defaultdict(list)
+            for domain in self.runs.held_out[dataset]:
+                for trial, accuracy in self.trials(dataset, algorithm, domain).items():
+                    of_trials[trial].append(accuracy)
+            cells[dataset] = _estimate([float(np.mean(accuracies)) for _, accuracies in sorted(of_trials.items())])
+        return Row(
+            algorithm,
+            cells,
+            _average(cells.values()),
+            self._difference(self.runs.datasets, algorithm),
+            sum(self.runs.hours[dataset, algorithm] for dataset in self.runs.datasets),
+        )
+
+    def _difference(self, datasets: Iterable[str], algorithm: str) -> Interval | None:
+        """Difference of the averages to the baseline's, of the trials that both have; None where a domain has none."""
+        if algorithm == BASELINE:
+            return None
+        pairs = []
+        for dataset in datasets:
+            of_dataset = []
+            for domain in self.runs.held_out[dataset]:
+                ours, theirs = (self.trials(dataset, name, domain) for name in (algorithm, BASELINE))
+                of_domain = [100 * (ours[trial] - theirs[trial]) for trial in ours if trial in theirs]
+                if not of_domain:
+                    return None
+                of_dataset.append(np.array(of_domain))
+            pairs.append(of_dataset)
+        return bootstrap(pairs)
+
+    def _ranks(self) -> dict[str, float]:
+        """Mean rank over all held-out domains, of algorithms that have a result on each; equals share their ranks."""
+        means = {
+            name: [
+                _estimate(self.trials(dataset, name, domain).values())
+                for dataset in self.runs.datasets
+                for domain in self.runs.held_out[dataset]
+            ]
+            for name in self.runs.algorithms
+        }
+        complete = {
+            # Rounded, as equal results of different order of addition are a tie.
+            name: [round(estimate.mean, 9) for estimate in estimates if estimate is not None]
+            for name, estimates in means.items()
+            if None not in estimates
+        }
+        if len(complete) < 2:
+            return {}
+        reached = np.array(list(complete.values()))
+        better = (reached > reached[:, np.newaxis]).sum(axis=1)
+        equal = (reached == reached[:, np.newaxis]).sum(axis=1) - 1
+        return dict(zip(complete, (1 + better + equal / 2).mean(axis=1).tolist(), strict=True))
+
+    def _missing_trials(self, dataset: str) -> list[str]:
+        """Trials that others of the dataset have."""
+        num_trials = len({run.trial for run in self.runs.of_dataset[dataset]})
+        counts = {
+            (name, domain): len(self.selected.get((dataset, name, domain), {}))
+            for name in self.runs.algorithms
+            for domain in self.runs.held_out[dataset]
+        }
+        return _sentences({of: f"{count} of {num_trials} trials" for of, count in counts.items() if count < num_trials})
+
+    def _missing_draws(self, dataset: str) -> list[str]:
+        """Draws that others of the dataset have."""
+        num_draws = len({run.draw for run in self.runs.of_dataset[dataset]})
+        fewest = {
+            (name, domain): min(map(len, trials.values()))
+            for (of_dataset, name, domain), trials in self.selected.items()
+            if of_dataset == dataset
+        }
+        return _sentences(
+            {of: f"a trial with {few} of {num_draws} draws" for of, few in fewest.items() if few < num_draws}
+        )
+
+
 def _of_runs(runs: Sequence[RunHistory], domains_of: Callable[[RunHistory], Collection[str]]) -> list[str]:
     """Domains that any of the runs names, in the dataset's order."""
-    order = dict.fromkeys(domain for run in runs for domain in run.domains)
-    named = {domain for run in runs for domain in domains_of(run)}
+    order = dict.fromkeys(chain.from_iterable(dict.fromkeys(run.domains for run in runs)))
+    named = {*chain.from_iterable({tuple(domains_of(run)) for run in runs})}
     return [domain for domain in order if domain in named]
 
 

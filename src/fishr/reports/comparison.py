@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy.stats import t as students_t
+from scipy.special import stdtrit
 
 from fishr.reports.tables import markdown_table, mean_and_std
 
@@ -182,4 +182,4 @@ def _ends(paired: Difference) -> str:
 
 def _quantile(count: int, confidence: float) -> float:
     """Student's t for a two-sided interval from ``count`` observations."""
-    return float(students_t.ppf((1 + confidence) / 2, count - 1))
+    return float(stdtrit(count - 1, (1 + confidence) / 2))

@@ -116,7 +116,8 @@ def _read(top: Path, on_progress: OnProgress) -> tuple[pa.Table, dict[str, str]]
         else:
             changed.append(folder)
 
-    tables = [index.take(pa.array(unchanged, pa.int64()))]
+    # Taking rows copies them, which costs time where there are many.
+    tables = [index if unchanged == [*range(index.num_rows)] else index.take(pa.array(unchanged, pa.int64()))]
     for start in range(0, len(changed), CHUNK):
         on_progress(start, len(changed))
         rows = []
@@ -260,23 +261,23 @@ def _as_row(history: RunHistory, folder: str, stamp: tuple[int, int, int] | None
 def _histories(top: Path, table: pa.Table) -> Iterator[RunHistory]:
     """The rows of a table; their arrays are views of it."""
     parsed = cache(json.loads)
-    arrays = ("steps", "accuracies")
-    columns = {name: table[name].to_pylist() for name in SCHEMA.names if name not in (*STAMP, *arrays)}
-    columns |= {name: _views(table[name]) for name in arrays}
+    steps = _views(table["steps"])
+    domains = [tuple(names) for names in table["domains"].to_pylist()]
+    columns = {
+        "folder": [os.path.normpath(f"{top}/{folder}") for folder in table["folder"].to_pylist()],
+        "test_domains": [tuple(names) for names in table["test_domains"].to_pylist()],
+        "hparams": [parsed(text) for text in table["hparams"].to_pylist()],
+        "protocol": [parsed(text) for text in table["protocol"].to_pylist()],
+        "domains": domains,
+        "steps": steps,
+        "accuracies": [
+            values.reshape(len(SPLITS), len(of_steps), len(of_domains))
+            for values, of_steps, of_domains in zip(_views(table["accuracies"]), steps, domains, strict=True)
+        ],
+    }
+    columns |= {name: table[name].to_pylist() for name in SCHEMA.names if name not in (*STAMP, *columns)}
     for values in zip(*columns.values(), strict=True):
-        row = dict(zip(columns, values, strict=True))
-        shape = (len(SPLITS), len(row["steps"]), len(row["domains"]))
-        yield RunHistory(
-            **row
-            | {
-                "folder": os.path.normpath(f"{top}/{row['folder']}"),
-                "test_domains": tuple(row["test_domains"]),
-                "domains": tuple(row["domains"]),
-                "hparams": parsed(row["hparams"]),
-                "protocol": parsed(row["protocol"]),
-                "accuracies": row["accuracies"].reshape(shape),
-            }
-        )
+        yield RunHistory(**dict(zip(columns, values, strict=True)))
 
 
 def _views(column: pa.ChunkedArray) -> list[NDArray[Any]]:
@@ -291,7 +292,7 @@ def _views(column: pa.ChunkedArray) -> list[NDArray[Any]]:
 def _read_index(top: Path) -> pa.Table:
     """The index of a folder, empty where there is none that can be used."""
     try:
-        with pa.OSFile(str(top / INDEX)) as file:
+        with pa.memory_map(str(top / INDEX)) as file:
             table = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowException):
         return SCHEMA.empty_table()
