@@ -132,20 +132,9 @@ def write_runs(top: Path, draws: int, trials: int) -> int:
     return len(all_runs)
 
 
-def report(top: Path) -> dict[str, Any]:
+def report(top: Path, *options: str) -> dict[str, Any]:
     """Report in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "fishr.cli",
-        "report",
-        str(top),
-        "--selection",
-        "all",
-        "--format",
-        "csv",
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "fishr.cli", "report", str(top), "--format", "csv", "--quiet", *options]
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output)
@@ -160,12 +149,14 @@ def report(top: Path) -> dict[str, Any]:
 
 def measure(top: Path, repeats: int) -> dict[str, Any]:
     """Without the index, with it, and after one run changed."""
-    results: dict[str, list[dict[str, Any]]] = {"without index": [], "with index": [], "one run changed": []}
+    names = ("without index", "with index", "with index, all rules", "one run changed")
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     changed = next(top.glob(f"*/{RECORDS_FILE}"))
     for _ in range(repeats):
         (top / INDEX).unlink(missing_ok=True)
         results["without index"].append(report(top))
         results["with index"].append(report(top))
+        results["with index, all rules"].append(report(top, "--selection", "all"))
         lines = changed.read_text().splitlines(keepends=True)
         last = json.loads(lines[-1])
         changed.write_text("".join([*lines, json.dumps(last | {"step": last["step"] + EVERY}) + "\n"]))

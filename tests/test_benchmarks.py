@@ -154,9 +154,9 @@ def test_manifest_writes_time_and_memory(script, tmp_path):
 
 def test_report_scale_writes_time_and_memory(script, tmp_path):
     results = run(script, "report_scale", tmp_path)
-    assert list(results) == ["without index", "with index", "one run changed"]
+    assert list(results) == ["without index", "with index", "with index, all rules", "one run changed"]
     for measured in results.values():
-        assert measured["rows"] > 1000
+        assert measured["rows"] > 500
         assert measured["seconds"] > 0
         assert measured["bytes"] > 0
     assert [goal.bound for goal in script("report_scale").goals(results)] == [60, 5, 2]
