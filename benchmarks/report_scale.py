@@ -27,9 +27,10 @@ from fishr.reports import domainbed
 from fishr.reports.run_folders import INDEX
 from fishr.reports.tables import markdown_table
 
-METHOD = """fishr report FOLDER --selection all --format csv: 4 datasets of 4 domains, each domain and each pair
+METHOD = """fishr report FOLDER --format csv: 4 datasets of 4 domains, each domain and each pair
 held out, 25 algorithms, 20 draws, 5 trials, 17 records a run, accuracies at random. The files were written just before,
-so they come from the system's page cache. One run changed: a record was added to it. Medians over processes."""
+so they come from the system's page cache. One run changed: a record was added to it. All rules: with --selection all.
+Medians over processes."""
 
 DATASETS = ("VLCS", "PACS", "OfficeHome", "TerraIncognita")
 NUM_ALGORITHMS, DRAWS, TRIALS, RECORDS, EVERY = 25, 20, 5, 17, 300
