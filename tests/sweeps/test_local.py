@@ -68,7 +68,8 @@ def test_a_run_whose_process_is_killed_is_continued(orders: Orders, tmp_path: Pa
 
 def test_a_process_in_which_a_run_failed_makes_no_other(orders: Orders) -> None:
     said = make_runs(orders("odd_runs:Spoils", draws=2))
-    assert [line for line in said if line.startswith("failed")] == 2 * ["failed odd_runs:Spoils: ZeroDivisionError: "]
+    failed = [line for line in said if line.startswith("failed")]
+    assert failed == 2 * ["failed odd_runs:Spoils: ZeroDivisionError:"]
 
 
 def test_a_failure_is_that_runs_only(orders: Orders) -> None:

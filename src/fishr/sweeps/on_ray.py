@@ -95,7 +95,7 @@ def make_runs(
     try:
         _check_share([node["Resources"] for node in ray.nodes() if node["Alive"]], share, orders)
         # One run a process: a CUDA error, say, would fail all further runs of the process.
-        task = ray.remote(_make_run).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0, max_calls=1)
+        task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0, max_calls=1)(_make_run)
         while not should_stop():
             while len(submitted) < MOST_SUBMITTED and (order := backlog.take()):
                 submitted[task.remote(order.as_dict())] = order
