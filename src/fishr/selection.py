@@ -83,9 +83,10 @@ def test_domain_validation(runs: Sequence[RunHistory], held_out: str) -> Selecte
     return max(reversed(last), key=lambda selected: selected.step, default=None)
 
 
+LEAVE_ONE_OUT = "leave-one-out"
 RULES: Mapping[str, Rule] = {
     "training": training_domain_validation,
-    "leave-one-out": leave_one_domain_out,
+    LEAVE_ONE_OUT: leave_one_domain_out,
     "oracle": test_domain_validation,
 }
 

@@ -216,6 +216,7 @@ def test_the_best_draws_are_configs_that_train_takes(
         "colored-digits-erm--90%.yaml",
         "colored-digits-fishr--90%.yaml",
     ]
+    assert "data-root" not in (tmp_path / "best" / "colored-digits-erm--90%.yaml").read_text()
     capsys.readouterr()
     for config in (tmp_path / "best").iterdir():
         assert main(["train", "--config", str(config), "--output", str(tmp_path / config.stem)]) == 0

@@ -97,6 +97,14 @@ def test_an_average_without_a_domain_that_nobody_holds_out_is_none(histories: li
     assert ours.remarks["pacs"][0] == "no run holds out photo"
 
 
+def test_what_leave_one_out_needs_is_said(histories: list[RunHistory]) -> None:
+    alone = [history for history in histories if len(history.test_domains) == 1]
+    assert results_by(alone, "leave-one-out").remarks["pacs"][0] == (
+        "no run holds out two domains, as this rule needs: fishr sweep run --leave-one-out"
+    )
+    assert not any("two domains" in remark for remark in results_by(histories, "leave-one-out").remarks["pacs"])
+
+
 def test_runs_that_say_to_be_the_same_are_named(histories: list[RunHistory]) -> None:
     run = histories[0]
     twice = [*histories, replace(run, folder="elsewhere")]

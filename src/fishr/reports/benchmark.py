@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fishr.records import MAKER, RunHistory, flat_settings
 from fishr.reports.comparison import BASELINE, CONFIDENCE
 from fishr.reports.domainbed import DATASETS
-from fishr.selection import RULES, Selected, best_draw, select_checkpoints
+from fishr.selection import LEAVE_ONE_OUT, RULES, Selected, best_draw, select_checkpoints
 
 RESAMPLES = 10_000
 
@@ -326,6 +326,8 @@ class _OfRule:
 
     def _missing_trials(self, dataset: str) -> list[str]:
         """Trials that others of the dataset have."""
+        if self.rule == LEAVE_ONE_OUT and all(len(run.test_domains) == 1 for run in self.runs.of_dataset[dataset]):
+            return ["no run holds out two domains, as this rule needs: fishr sweep run --leave-one-out"]
         num_trials = len({run.trial for run in self.runs.of_dataset[dataset]})
         counts = {
             (name, domain): len(self.selected.get((dataset, name, domain), {}))

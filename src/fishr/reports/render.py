@@ -19,8 +19,8 @@ DRAWS = "a trial's result is that of its best hyperparameter draw"
 ONE_DRAW = "all trials have the hyperparameters of draw {}"
 CAPTION = (
     "Accuracy in % on the in-split of the held-out domain, mean ± standard error over trials; {draws}. Difference to "
-    f"{BASELINE}: paired over trials, with a 95% interval by bootstrap of the trials of each held-out domain (it says "
-    "nothing of other domains). Hours: training of all runs."
+    f"{BASELINE}: paired over trials, with a 95% interval by bootstrap of the trials of each held-out domain (too "
+    "narrow where trials are few; it says nothing of other domains). Hours: training of all runs."
 )
 
 

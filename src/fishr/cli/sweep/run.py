@@ -198,7 +198,8 @@ def run(
         )
     if dry_run:
         return
-    sweep.plan(shared, [_job(order) for order in orders])
+    # A root that was not given is each machine's own.
+    sweep.plan(shared, [_job(order, order.source.root if data_root else None) for order in orders])
     with stop_on_signal() as signalled, Watcher(len(orders), quiet=quiet) as watcher:
 
         def should_stop() -> bool:
@@ -261,7 +262,7 @@ class Watcher:
             print_notice(f"{_job(order).title}: {said}")
 
 
-def _job(order: "Order") -> Job:
+def _job(order: "Order", root: str | None = None) -> Job:
     config = order.config
     assert config.draw is not None
     return Job(
@@ -272,7 +273,7 @@ def _job(order: "Order") -> Job:
         config.draw,
         config.trial,
         order.source.name,
-        order.source.root,
+        root,
     )
 
 
