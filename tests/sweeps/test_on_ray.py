@@ -58,9 +58,10 @@ def test_a_stop_saves_the_runs(cluster: Any, orders: Orders, tmp_path: Path) -> 
     assert outcome(order.folder) == outcome(undisturbed(order, tmp_path / "alone"))
 
 
-def test_without_a_cluster(orders: Orders) -> None:
-    with pytest.raises(ConfigError, match="there is no Ray cluster to be found at auto"):
-        make_runs(orders("erm"), Noted(), address="auto", share=Share(), retries=0, should_stop=lambda: False)
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1"])
+def test_without_a_cluster(address: str, orders: Orders) -> None:
+    with pytest.raises(ConfigError, match=f"there is no Ray cluster to be found at {address}: "):
+        make_runs(orders("erm"), Noted(), address=address, share=Share(), retries=0, should_stop=lambda: False)
 
 
 def test_gpus_of_a_cluster_are_not_left_idle(orders: Orders) -> None:

@@ -1,7 +1,9 @@
 """Sweeps on a Ray cluster: a task for each run; the nodes share the file system that the runs lie on."""
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -17,6 +19,9 @@ from fishr.sweeps.runs import Order, Outcome, SweepObserver, make_run, note_fail
 
 APPEAR_SECONDS = 60.0
 """How late a file may be seen that another node has written: network file systems remember what was not there."""
+
+ANSWER_SECONDS = 10.0
+"""How long a cluster may take to answer at its address."""
 
 MOST_SUBMITTED = 1000
 """Tasks that wait in the cluster at a time; the others wait here."""
@@ -127,8 +132,12 @@ def _connected(address: str | None) -> Any:
         raise ConfigError("--executor ray needs Ray: pip install 'fishr[ray]'") from None
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        host_and_port = re.fullmatch(r"([^:/]+):(\d+)", address or "")
+        if host_and_port:  # at an address where nobody answers Ray tries for minutes
+            host, port = host_and_port.groups()
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address, runtime_env={"env_vars": _environment()}, log_to_driver=False)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
             f"there is no Ray cluster to be found{f' at {address}' if address else ''}: {error}"
         ) from None
