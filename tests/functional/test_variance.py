@@ -21,6 +21,8 @@ from fishr.functional import (
 from fishr.functional.variance import _chunks
 
 SIZES = (4, 7, 3)
+UNEQUAL_AND_EQUAL = pytest.mark.parametrize("sizes", [(13, 1, 20), (6, 6, 6)], ids=["unequal", "equal"])
+"""Sizes of domains: equal ones are computed at once."""
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -127,10 +129,11 @@ def test_any_shape_order_and_type(problem):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "not centered"])
-def test_gradcheck(centered, bias, masked):
-    features, residuals = draw_pair(sizes=(3, 4), num_features=3, num_classes=2)
-    domains = torch.tensor([1, 0, 1, 1, 0, 1, 0])
-    mask = torch.tensor([True, True, False, True, True, True, False]) if masked else None
+@pytest.mark.parametrize("num_samples", [7, 8], ids=["unequal", "equal"])
+def test_gradcheck(num_samples, centered, bias, masked):
+    features, residuals = draw_pair(sizes=(num_samples,), num_features=3, num_classes=2)
+    domains = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0][:num_samples])
+    mask = torch.tensor([True, True, False, True, True, True, False, True][:num_samples]) if masked else None
     assert torch.autograd.gradcheck(
         lambda f, r: domain_gradient_variances(f, r, domains, 2, bias=bias, centered=centered, mask=mask),
         (features, residuals),
@@ -192,8 +195,8 @@ def test_equal_domains_have_equal_variances():
 @pytest.mark.parametrize("elements", [1, 7, 10, 64])
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "not centered"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch, elements, centered, masked):
-    sizes = (13, 1, 20)
+@UNEQUAL_AND_EQUAL
+def test_the_size_of_a_chunk_changes_nothing(monkeypatch, sizes, elements, centered, masked):
     features, residuals = draw_pair(sizes)
     mask = torch.arange(sum(sizes)) % 5 != 1 if masked else None
 
@@ -207,11 +210,12 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, elements, centered, ma
         assert oracles.relative_error(actual, whole) <= 1e-12
 
 
-def test_tensors_that_are_not_contiguous():
-    features, residuals = draw_pair()
-    expected = domain_gradient_variances(features, residuals, SIZES, 3)
+@UNEQUAL_AND_EQUAL
+def test_tensors_that_are_not_contiguous(sizes):
+    features, residuals = draw_pair(sizes)
+    expected = domain_gradient_variances(features, residuals, sizes, 3)
     strided = [leaf.detach().T.contiguous().T.requires_grad_() for leaf in (features, residuals)]
-    actual = domain_gradient_variances(*strided, SIZES, 3)
+    actual = domain_gradient_variances(*strided, sizes, 3)
     assert oracles.relative_error(actual, expected) <= 1e-12
     ours, theirs = gradients_of(actual, *strided), gradients_of(expected, features, residuals)
     assert oracles.relative_error(ours, theirs) <= 1e-12
@@ -228,10 +232,11 @@ def test_tensors_that_are_not_contiguous():
     ],
     ids=str,
 )
-def test_moments_are_at_least_float32(features, residuals, expected):
-    features, residuals = draw(14, 5, dtype=features), draw(14, 4, seed=1, dtype=residuals)
-    variances = domain_gradient_variances(features, residuals, SIZES, 3)
-    truth = domain_gradient_variances(features.double(), residuals.double(), SIZES, 3)
+@UNEQUAL_AND_EQUAL
+def test_moments_are_at_least_float32(sizes, features, residuals, expected):
+    features, residuals = draw(sum(sizes), 5, dtype=features), draw(sum(sizes), 4, seed=1, dtype=residuals)
+    variances = domain_gradient_variances(features, residuals, sizes, 3)
+    truth = domain_gradient_variances(features.double(), residuals.double(), sizes, 3)
     assert variances.dtype == expected
     assert oracles.relative_error(variances, truth) <= 1e-6
     for leaf, gradient in zip((features, residuals), gradients_of(variances, features, residuals), strict=True):
@@ -276,10 +281,12 @@ def copied(argument):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck's own making
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "not centered"])
-def test_custom_ops_pass_the_checks_of_torch(centered, features):
-    features, residuals = draw(14, 5, dtype=features), draw(14, 4, seed=1, dtype=torch.float32)
+@UNEQUAL_AND_EQUAL
+def test_custom_ops_pass_the_checks_of_torch(sizes, centered, features):
+    n = sum(sizes)
+    features, residuals = draw(n, 5, dtype=features), draw(n, 4, seed=1, dtype=torch.float32)
     with RecordFishrOps() as recorded:
-        variances = domain_gradient_variances(features, residuals, SIZES, 3, centered=centered)
+        variances = domain_gradient_variances(features, residuals, sizes, 3, centered=centered)
         gradients_of(variances, features, residuals)
     assert {op.name() for op in recorded.calls} == {"fishr::head_variances", "fishr::head_variances_backward"}
     for op, args in recorded.calls.items():

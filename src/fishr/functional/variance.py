@@ -8,7 +8,8 @@ n_e samples of a domain are matrix products, so no per-sample gradient is stored
 
 Memory is O(classes · features) per domain instead of O(samples · classes · features). With many samples
 the products are bound by memory traffic, so each domain is walked in chunks that stay in the cache, forward
-and backward, and features in half precision are widened chunk by chunk.
+and backward, and features in half precision are widened chunk by chunk. Domains that together are no larger than a
+chunk are computed at once where they have as many samples each: on a small network the calls are what takes time.
 
 In a data-parallel run (torch.distributed) moments and counts are summed over ranks, so every rank gets the variances of
 the whole batch; the backward pass sums the incoming gradient over ranks, so that the average of the ranks' gradients,
@@ -24,7 +25,8 @@ from fishr.functional.distributed import sum_over_ranks
 from fishr.functional.domains import Domains, group_by_domain
 
 CHUNK_ELEMENTS = 2**18
-"""Feature entries in one chunk on a CPU: 1 MiB of float32, the size of a common second-level cache."""
+"""Feature entries in one chunk on a CPU: 1 MiB of float32, the size of a common second-level cache. Domains of equal
+sizes with no more entries in all are computed at once."""
 
 
 def domain_gradient_variances(
@@ -83,24 +85,48 @@ def _head_variances(
     shape = (len(sizes), num_classes, num_features + bias)
     variances = features.new_zeros(shape, dtype=dtype)
     means = features.new_zeros(shape if centered else 0, dtype=dtype)
+    add_moments = _add_moments_at_once if _fit_together(sizes, features) else _add_moments_by_chunks
     with torch.autocast(features.device.type, enabled=False):
-        for domain, chunk in _chunks(sizes, features):
-            r, h = residuals[chunk].to(dtype), features[chunk].to(dtype)
-            r_over_n = r / counts[domain].to(dtype)
-            r_squared_over_n = r * r_over_n
-            variances[domain, :, :num_features].addmm_(r_squared_over_n.T, h.square())
-            if bias:
-                variances[domain, :, num_features] += r_squared_over_n.sum(0)
-            if centered:
-                means[domain, :, :num_features].addmm_(r_over_n.T, h)
-                if bias:
-                    means[domain, :, num_features] += r_over_n.sum(0)
+        add_moments(features, residuals, sizes, counts.to(dtype), variances, means)
     if centered:
         means = sum_over_ranks(means)
     variances = sum_over_ranks(variances)
     if centered:
         variances.addcmul_(means, means, value=-1)
     return variances, means
+
+
+def _add_moments_by_chunks(
+    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, seconds: Tensor, means: Tensor
+) -> None:
+    """Add s_e to ``seconds`` and m_e to ``means``, unless those are empty."""
+    num_features = features.shape[1]
+    bias = seconds.shape[2] > num_features
+    for domain, chunk in _chunks(sizes, features):
+        r, h = residuals[chunk].to(seconds.dtype), features[chunk].to(seconds.dtype)
+        r_over_n = r / counts[domain]
+        r_squared_over_n = r * r_over_n
+        seconds[domain, :, :num_features].addmm_(r_squared_over_n.T, h.square())
+        if bias:
+            seconds[domain, :, num_features] += r_squared_over_n.sum(0)
+        if means.numel():
+            means[domain, :, :num_features].addmm_(r_over_n.T, h)
+            if bias:
+                means[domain, :, num_features] += r_over_n.sum(0)
+
+
+def _add_moments_at_once(
+    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, seconds: Tensor, means: Tensor
+) -> None:
+    """The same for domains of one size: ``[domain, sample, ...]`` in place of a walk."""
+    num_features = features.shape[1]
+    r, h = (_by_domain(values, sizes).to(seconds.dtype) for values in (residuals, features))
+    r_over_n = r / counts.view(-1, 1, 1)
+    r_squared_over_n = r * r_over_n
+    for moments, weights, values in ((seconds, r_squared_over_n, h.square()), (means, r_over_n, h)):
+        if moments.numel():
+            moments[:, :, :num_features] += weights.mT @ values
+            moments[:, :, num_features:] += weights.sum(1).unsqueeze(2)
 
 
 @_head_variances.register_fake
@@ -121,8 +147,16 @@ def _head_variances_backward(
     With G = ∂L/∂v_e and P = m_e∘G (zero when not centred):
         ∂L/∂H = 2/n_e (H∘(R∘R G) − R P)        ∂L/∂R = 2/n_e (R∘(H∘H Gᵀ) − H Pᵀ)
     """
-    num_features = features.shape[1]
     grad = sum_over_ranks(grad)
+    gradients = _gradients_at_once if _fit_together(sizes, features) else _gradients_by_chunks
+    with torch.autocast(features.device.type, enabled=False):
+        return gradients(grad, features, residuals, means, sizes, counts.to(grad.dtype))
+
+
+def _gradients_by_chunks(
+    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_features = features.shape[1]
     grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
     of_chunk = _single_class_gradients if residuals.shape[1] == 1 else _chunk_gradients
     chunks = list(_chunks(sizes, features))
@@ -130,18 +164,36 @@ def _head_variances_backward(
     most_rows = max((chunk.stop - chunk.start for _, chunk in chunks), default=0)
     scratch, widened = grad.new_empty(2, most_rows, num_features)
     of_domain = None
-    with torch.autocast(features.device.type, enabled=False):
-        for domain, chunk in chunks:
-            if domain != of_domain:
-                of_domain, factor, weight = domain, 2 / counts[domain].to(grad.dtype), grad[domain]
-                through_mean = means[domain] * weight if means.numel() else torch.zeros_like(weight)
-            r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
-            grad_h = grad_features[chunk] if grad_features.dtype == grad.dtype else widened[: len(r)]
-            grad_r = of_chunk(h, r, r * factor, weight, through_mean, grad_h, scratch[: len(r)])
-            grad_residuals[chunk] = grad_r.mul_(factor)
-            if grad_h.dtype != grad_features.dtype:
-                grad_features[chunk] = grad_h
+    for domain, chunk in chunks:
+        if domain != of_domain:
+            of_domain, factor, weight = domain, 2 / counts[domain], grad[domain]
+            through_mean = means[domain] * weight if means.numel() else torch.zeros_like(weight)
+        r, h = residuals[chunk].to(grad.dtype), features[chunk].to(grad.dtype)
+        grad_h = grad_features[chunk] if grad_features.dtype == grad.dtype else widened[: len(r)]
+        grad_r = of_chunk(h, r, r * factor, weight, through_mean, grad_h, scratch[: len(r)])
+        grad_residuals[chunk] = grad_r.mul_(factor)
+        if grad_h.dtype != grad_features.dtype:
+            grad_features[chunk] = grad_h
     return grad_features, grad_residuals
+
+
+def _gradients_at_once(
+    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_features = features.shape[1]
+    r, h = (_by_domain(values, sizes).to(grad.dtype) for values in (residuals, features))
+    factor = 2 / counts.view(-1, 1, 1)
+    r_scaled = r * factor
+    of_features, of_bias = grad[:, :, :num_features], grad[:, :, num_features:].sum(2)
+    grad_h = torch.bmm(r * r_scaled, of_features).mul_(h)
+    grad_r = torch.bmm(h.square(), of_features.mT).add_(of_bias.unsqueeze(1)).mul_(r)
+    if means.numel():
+        through_mean = means * grad
+        of_features, of_bias = through_mean[:, :, :num_features], through_mean[:, :, num_features:].sum(2)
+        grad_h.baddbmm_(r_scaled, of_features, alpha=-1)
+        grad_r.baddbmm_(h, of_features.mT, alpha=-1).sub_(of_bias.unsqueeze(1))
+    grad_r.mul_(factor)
+    return grad_h.view_as(features).to(features.dtype), grad_r.view_as(residuals).to(residuals.dtype)
 
 
 def _chunk_gradients(
@@ -211,6 +263,16 @@ def _backward(
 
 
 _head_variances.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _fit_together(sizes: list[int], features: Tensor) -> bool:
+    """Whether domains are as large as each other and together no larger than a chunk."""
+    return len(set(sizes)) == 1 and features.numel() <= CHUNK_ELEMENTS
+
+
+def _by_domain(values: Tensor, sizes: list[int]) -> Tensor:
+    """Values of samples as ``[domain, sample, ...]``, of domains of one size."""
+    return values.view(len(sizes), sizes[0], *values.shape[1:])
 
 
 def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:
