@@ -189,7 +189,7 @@ def test_classes_that_the_model_does_not_know(images):
 
 def test_inputs_of_another_shape():
     with pytest.raises(
-        DataError, match=r"^inputs of 'colored-digits' have shape 128, but the model takes 3 x 8 x 8: evaluate it on"
+        DataError, match=r"^inputs of 'colored-digits' have shape 128, but the model takes 3 x 8 x 8: use data like"
     ):
         evaluate_model(colors_model(), small_digits())
 

@@ -12,8 +12,10 @@ from fishr.functional import loss_residuals
 from fishr.functional.hessian import (
     head_gradients,
     hessian_diagonal_estimates,
+    hessian_diagonals,
     hessian_distance,
     hessian_vector_products,
+    hessians,
 )
 from oracles import relative_error
 
@@ -91,6 +93,17 @@ def test_products_with_a_vector_of_each_domain(num_outputs: int, bias: bool) -> 
     actual = hessian_vector_products(problem.features, problem.logits, FEW, vectors, bias=bias)
     expected = (problem.hessians() @ vectors.flatten(1).unsqueeze(2)).reshape(vectors.shape)
     assert relative_error(actual, expected) < 1e-12
+
+
+@HEADS
+def test_whole_hessians_and_their_diagonals(num_outputs: int, bias: bool) -> None:
+    problem = Problem(num_outputs, bias, FEW)
+    whole = hessians(problem.features, problem.logits, FEW, bias=bias)
+    assert whole.shape == (len(FEW), *problem.weights.shape, *problem.weights.shape)
+    expected = problem.hessians()
+    assert relative_error(whole.reshape(expected.shape), expected) < 1e-12
+    diagonals = hessian_diagonals(problem.features, problem.logits, FEW, bias=bias)
+    assert relative_error(diagonals.flatten(1), expected.diagonal(dim1=1, dim2=2)) < 1e-12
 
 
 @HEADS

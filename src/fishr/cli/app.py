@@ -7,6 +7,7 @@ import typer
 from typer.main import get_command
 
 from fishr.cli.algorithms import algorithms_app
+from fishr.cli.analyze import analyze
 from fishr.cli.compare import compare
 from fishr.cli.config_file import with_config_file
 from fishr.cli.console import print_error, print_notice
@@ -26,7 +27,9 @@ MULTIPLE = (
     "--average-arg",
     "--backbone-arg",
     "--datasets",
+    "--figures",
     "--images",
+    "--layers",
     "--mean",
     "--methods",
     "--set",
@@ -53,6 +56,7 @@ app.command()(evaluate)
 app.command()(export)
 app.command()(predict)
 app.command()(report)
+app.command()(analyze)
 app.add_typer(algorithms_app, name="algorithms")
 app.add_typer(data_app, name="data")
 app.add_typer(reproduce_app, name="reproduce")

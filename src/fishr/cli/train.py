@@ -49,6 +49,9 @@ def train(
     checkpoint_every: int | None = typer.Option(
         None, "--checkpoint-every", help="Updates between checkpoints; default a tenth of the run."
     ),
+    snapshots: bool = typer.Option(
+        False, "--snapshots", help="Keep the model of every checkpoint, for fishr analyze; disk: one model each."
+    ),
     data_root: Path | None = DataRoot,
     image_size: int | None = options.ImageSize,
     channels: int | None = options.Channels,
@@ -69,7 +72,8 @@ def train(
 ) -> None:
     """Train one model; called again with the same settings it continues, or says that it is done.
 
-    The folder holds config.json, metrics.jsonl, checkpoints/ while it runs, and model/ at the end.
+    The folder holds config.json, metrics.jsonl, checkpoints/ while it runs, snapshots/ if asked for, and model/ at the
+    end.
 
     Examples:
 
@@ -115,7 +119,9 @@ def train(
     )
     folder = Path("runs") / config.hash if output is None else output
     with progress_of_run(f"{algorithm} on {dataset.name}", quiet=quiet) as observer:
-        result = train_run(config, dataset, folder, weights=weights, device=device, observer=observer)
+        result = train_run(
+            config, dataset, folder, weights=weights, device=device, snapshots=snapshots, observer=observer
+        )
     for hint in result.hints:
         print_notice(f"hint: {hint}")
     kept = result.kept

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fishr.data import MultiDomainDataset, is_dataset_name, load_dataset
+from fishr.data.base import Samples
 from fishr.data.cache import Progress
 from fishr.data.image_dataset import BENCHMARK_DATASETS
 from fishr.devices import torch_device
@@ -119,17 +120,12 @@ def evaluate_model(
     if batch_size < 1:
         raise ConfigError(f"batch size must be at least 1, got {batch_size}")
     card = model.card
-    if dataset.input_shape != card.input_shape:
-        raise DataError(
-            f"inputs of {dataset.name!r} have shape {_shape(dataset.input_shape)}, but the model takes "
-            f"{_shape(card.input_shape)}: evaluate it on data like those it was trained on"
-        )
-    labels = _labels_of_model(card, dataset)
+    samples_of = samples_for(card, dataset)
     model.to(torch_device(device)).eval()
-    roles = _roles(card, dataset)
-    total, done = sum(len(samples.targets) for samples in dataset.domains.values()), 0
+    roles = domain_roles(card, dataset)
+    total, done = sum(len(samples.targets) for samples in samples_of.values()), 0
     domains = {}
-    for name, samples in dataset.domains.items():
+    for name, samples in samples_of.items():
         confidences, predictions = np.empty(len(samples.targets)), np.empty(len(samples.targets), np.int64)
         for batch in torch.split(evaluation_order(model.featurizer, len(samples.targets)), batch_size):
             rows = batch.numpy()
@@ -142,7 +138,7 @@ def evaluate_model(
             done += len(rows)
             if progress is not None:
                 progress(done, total)
-        targets = labels[samples.targets.numpy()]
+        targets = samples.targets.numpy()
         domains[name] = _domain_evaluation(targets, predictions, confidences, len(card.classes), roles.get(name))
     return Evaluation(card.classes, domains)
 
@@ -205,7 +201,7 @@ def load_data_for(
         if card.image_format is None:
             raise DataError(
                 f"{data} holds images, but the model takes float32 inputs of shape {_shape(card.input_shape)}: "
-                "evaluate it on data like those it was trained on"
+                "use data like those it was trained on"
             )
         options = {"image_size": card.image_format.size, "channels": card.image_format.channels, "cache": "none"}
     elif is_known and data == _trained_config(card).get("data"):
@@ -242,8 +238,17 @@ def _domain_evaluation(
     )
 
 
-def _labels_of_model(card: ModelCard, dataset: MultiDomainDataset) -> NDArray[np.int64]:
-    """The model's index of each class of the data, matched by name."""
+def samples_for(card: ModelCard, dataset: MultiDomainDataset) -> dict[str, Samples]:
+    """The samples of each domain, with the model's classes, matched by name, as targets.
+
+    Raises:
+        DataError: classes that the model does not know, or inputs of another shape than the model's.
+    """
+    if dataset.input_shape != card.input_shape:
+        raise DataError(
+            f"inputs of {dataset.name!r} have shape {_shape(dataset.input_shape)}, but the model takes "
+            f"{_shape(card.input_shape)}: use data like those it was trained on"
+        )
     foreign = [name for name in dataset.classes if name not in card.classes]
     if foreign:
         others = f" (as are {len(foreign) - 1} others: {', '.join(map(repr, foreign[1:6]))})" if foreign[1:] else ""
@@ -251,11 +256,12 @@ def _labels_of_model(card: ModelCard, dataset: MultiDomainDataset) -> NDArray[np
             f"classes of {dataset.name!r} are not all among the model's: {unknown('class', foreign[0], card.classes)}"
             f"{others}; rename the classes, or leave them out"
         )
-    return np.array([card.classes.index(name) for name in dataset.classes], np.int64)
+    labels = torch.tensor([card.classes.index(name) for name in dataset.classes])
+    return {name: Samples(inputs, labels[targets]) for name, (inputs, targets) in dataset.domains.items()}
 
 
-def _roles(card: ModelCard, dataset: MultiDomainDataset) -> dict[str, Role]:
-    """What the domains were in the training, if the data are those that the model was trained on."""
+def domain_roles(card: ModelCard, dataset: MultiDomainDataset) -> dict[str, Role]:
+    """What the domains were in the training; empty where the data are not those that the model was trained on."""
     config = _trained_config(card)
     if not config:
         return {}

@@ -13,7 +13,7 @@ is ``[class, feature]``, with the bias, if there is one, as the last feature. Ha
 these functions outside autocast, which would round the products again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,56 @@ def head_gradients(features: Tensor, residuals: Tensor, sizes: Sequence[int], *,
     h = _head_inputs(features, residuals, sizes, bias=bias)
     parts = zip(_split(residuals.to(h.dtype), sizes), _split(h, sizes), strict=True)
     return torch.stack([r_e.T @ h_e / len(h_e) for r_e, h_e in parts])
+
+
+def hessian_diagonals(features: Tensor, logits: Tensor, sizes: Sequence[int], *, bias: bool = True) -> Tensor:
+    """The diagonal of H_e of each domain.
+
+        (H_e)_cj,cj = 1/n_e Σ_i p_ic (1 − p_ic) h_ij²
+
+    Args:
+        features: ``[sample, feature]``, the input of the head.
+        logits: ``[sample, class]``, its output; a single one is binary.
+        sizes: Samples of each domain, at least one.
+        bias: Whether the head has a bias.
+
+    Returns:
+        ``[domain, class, feature]``.
+
+    Raises:
+        InputError: shapes that do not fit.
+
+    >>> hessian_diagonals(torch.tensor([[2.0]]), torch.zeros(1, 1), (1,))
+    tensor([[[1.0000, 0.2500]]])
+    """
+    h = _head_inputs(features, logits, sizes, bias=bias)
+    p = _probabilities(logits.to(h.dtype))
+    parts = zip(_split(p * (1 - p), sizes), _split(h.square(), sizes), strict=True)
+    return torch.stack([curvature.T @ squares / len(squares) for curvature, squares in parts])
+
+
+def hessians(features: Tensor, logits: Tensor, sizes: Sequence[int], *, bias: bool = True) -> Tensor:
+    """H_e of each domain, for heads small enough to form it.
+
+    Args:
+        features: ``[sample, feature]``, the input of the head.
+        logits: ``[sample, class]``, its output; a single one is binary.
+        sizes: Samples of each domain, at least one.
+        bias: Whether the head has a bias.
+
+    Returns:
+        ``[domain, class, feature, class, feature]``.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    h = _head_inputs(features, logits, sizes, bias=bias)
+    p = _probabilities(logits.to(h.dtype))
+    num_classes, num_features = p.shape[1], h.shape[1]
+    whole = h.new_empty(len(sizes), num_classes, num_features, num_classes, num_features)
+    for first, second, blocks in _blocks(h, p, sizes):
+        whole[:, first, :, second] = whole[:, second, :, first] = blocks
+    return whole
 
 
 def hessian_vector_products(
@@ -150,16 +200,21 @@ def hessian_distance(features: Tensor, logits: Tensor, sizes: Sequence[int], *, 
 
 
 def _direct_distance(h: Tensor, p: Tensor, sizes: Sequence[int]) -> Tensor:
-    """From the Hessians' blocks, one pair of classes after the other: ``[domain, feature, feature]``."""
+    """From the Hessians' blocks, one pair of classes after the other."""
     distances = []
+    for first, second, blocks in _blocks(h, p, sizes):
+        distance = (blocks - blocks.mean(0)).square().sum() / len(sizes)
+        distances.append(distance if first == second else 2 * distance)
+    return torch.stack(distances).sum()
+
+
+def _blocks(h: Tensor, p: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """The Hessians' blocks, ``[domain, feature, feature]``, of each pair of classes, the first not above the second."""
     for first in range(p.shape[1]):
         for second in range(first, p.shape[1]):
             curvature = p[:, first] * (float(first == second) - p[:, second])
             parts = zip(_split(h * curvature.unsqueeze(1), sizes), _split(h, sizes), strict=True)
-            blocks = torch.stack([weighted_e.T @ h_e / len(h_e) for weighted_e, h_e in parts])
-            distance = (blocks - blocks.mean(0)).square().sum() / len(sizes)
-            distances.append(distance if first == second else 2 * distance)
-    return torch.stack(distances).sum()
+            yield first, second, torch.stack([weighted_e.T @ h_e / len(h_e) for weighted_e, h_e in parts])
 
 
 def _pairwise_distance(h: Tensor, p: Tensor, sizes: Sequence[int]) -> Tensor:

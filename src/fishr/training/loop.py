@@ -36,7 +36,7 @@ from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, res
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
-from fishr.training.run_folder import RunFolder, tidy
+from fishr.training.run_folder import RunFolder, snapshots_of, tidy
 from fishr.training.signals import stop_on_signal
 
 STEPS_BETWEEN_LOOKS = 20
@@ -103,6 +103,7 @@ def train(
     *,
     weights: Path | None = None,
     device: str = "auto",
+    snapshots: bool = False,
     observer: Observer | None = None,
 ) -> RunResult:
     """Run one training, or continue it where it was cut.
@@ -117,10 +118,13 @@ def train(
         output: Folder of the run.
         weights: File with the featurizer's initial weights, where the config names one by its digest.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        snapshots: Keep the model of every checkpoint that is made from now on; see
+            :func:`fishr.training.run_folder.snapshots_of`.
         observer: Is told of steps and records.
 
     Raises:
-        RunError: the folder holds another run, all its checkpoints are damaged, or it cannot be written.
+        RunError: the folder holds another run, all its checkpoints are damaged, it cannot be written, or it is done
+            and has none of the snapshots that are asked for.
         RunInterruptedError: SIGINT or SIGTERM came; the state was saved.
         NonFiniteLossError: a loss term became NaN or infinite.
         ConfigError: the config does not fit the dataset, or there is no such device.
@@ -137,9 +141,13 @@ def train(
             tidy(output)
             if not folder.records():
                 raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
+            if snapshots and not snapshots_of(output):
+                raise RunError(
+                    f"the run in {output} is done and kept no snapshots: choose another --output to train it anew"
+                )
             return _result(folder, dataset, trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            run = _Run(config, dataset, folder, fabric, observer or Silent(), weights)
+            run = _Run(config, dataset, folder, fabric, observer or Silent(), weights, snapshots=snapshots)
             with folder.alone():
                 run.start()
                 run.finish()
@@ -216,8 +224,11 @@ class _Run:
         fabric: Fabric,
         observer: Observer,
         weights: Path | None,
+        *,
+        snapshots: bool = False,
     ) -> None:
         self.config, self.dataset, self.folder, self.fabric, self.observer = config, dataset, folder, fabric, observer
+        self.snapshots = snapshots
         self.splits = _split_all(dataset, config)
         self.train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
         in_splits = [self.splits[name]["in"] for name in self.train_domains]
@@ -323,6 +334,8 @@ class _Run:
             record = RunRecord(self.step, self.monitor.take_means(), self._evaluate(), seconds_per_step)
             if self.config.select and self._is_best(record, earlier):
                 self.best.keep(self.network.state_dict(), self.step)
+            if self.snapshots:
+                self.folder.add_snapshot(self._saved_model(record), self.step)
         if self.average is not None:
             loss = self._validation(record, "loss") if self.config.needs_validation_loss else None
             self.average.at_checkpoint(loss)

@@ -26,16 +26,17 @@ from fishr.records import (
 )
 from fishr.training.config import RunConfig
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 
 TAKEOVER_SECONDS = 1.0
 """Enough to find out that a process on this machine has died; that one elsewhere has takes as long as a lease."""
 
 
 class RunFolder:
-    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``model/``, ``DONE``.
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``snapshots/``, ``model/``, ``DONE``.
 
-    ``DONE`` holds the record of the model kept.
+    ``DONE`` holds the record of the model kept, ``snapshots/step-000100`` the model at that checkpoint, where they are
+    asked for.
 
     Args:
         path: The folder; :meth:`create` makes it when it is not there.
@@ -64,7 +65,8 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder and write the config, where that has not been done; remove what a killed process left."""
         remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE, FAILED_FILE)
-        remove_leftovers(self.checkpoints, "step-*")
+        for folder in (self.checkpoints, self.path / SNAPSHOTS):
+            remove_leftovers(folder, "step-*")
         if not self.config_file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             content = {"format": FORMAT, **self.config.as_dict()}
@@ -151,6 +153,12 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def add_snapshot(self, model: SavedModel, step: int) -> None:
+        """Write the model of a checkpoint, to stay when the run is done."""
+        self.check_still_alone()
+        with new_folder(self.path / SNAPSHOTS / f"step-{step:06d}") as aside:
+            save_model(aside, model)
+
     def finish(self, model: SavedModel, record: RunRecord) -> None:
         """Write the model and mark the run as done; its checkpoints are of no more use."""
         self.check_still_alone()
@@ -158,6 +166,12 @@ class RunFolder:
             save_model(aside, model)
         write_text(self._done, record.to_json() + "\n")
         tidy(self.path)
+
+
+def snapshots_of(run: Path) -> dict[int, Path]:
+    """Step and folder of the models that a run kept at its checkpoints, oldest first."""
+    folders = sorted((run / SNAPSHOTS).glob("step-*"))
+    return {int(folder.name.removeprefix("step-")): folder for folder in folders}
 
 
 def tidy(run: Path) -> None:

@@ -1,0 +1,148 @@
+"""``fishr analyze``."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fishr.cli.console import DataRoot, Device, Json, Quiet, print_json, print_line, print_table, stderr
+from fishr.errors import ConfigError
+from fishr.reports.analysis import (
+    DOMAIN_COLUMNS,
+    PAIR_COLUMNS,
+    barrier,
+    comparison_sentences,
+    domain_rows,
+    pair_rows,
+    sentences,
+)
+
+CONTENT, WEIGHTS, PAGE = "analysis.json", "weights.parquet", "figures.html"
+
+IMAGE_KINDS = ("png", "svg")
+
+
+def analyze(
+    models: list[Path] = typer.Argument(..., metavar="MODEL...", help="Folder of a model or of a run; or two of them."),
+    data: str = typer.Argument(
+        ..., metavar="DATA", help="A folder DOMAIN/CLASS/image, a manifest (CSV or Parquet), or a dataset's name."
+    ),
+    output: Path | None = typer.Option(
+        None, "--output", help=f"Folder for {CONTENT}, {WEIGHTS} and {PAGE}; default: nothing is written."
+    ),
+    figures: list[str] = typer.Option(
+        [], "--figures", metavar="[png|svg]", help="Figures as files of these kinds too; needs Chrome or Chromium."
+    ),
+    layers: list[str] = typer.Option(
+        [], "--layers", help="Deeper layers besides the head, such as featurizer.1; named as in the network."
+    ),
+    memory: int = typer.Option(1024, "--memory", help="Bound in MiB on what deeper layers take."),
+    draws: int = typer.Option(16, "--draws", help="Random vectors that estimate the Hessian's diagonal of these."),
+    plane: bool = typer.Option(False, "--plane", help="Risks in a random plane too: 121 passes over some samples."),
+    epsilon: float = typer.Option(0.01, "--epsilon", help="Rise of a domain's loss that counts as none, in nats."),
+    subset: int | None = typer.Option(None, "--subset", help="Samples of each domain to use."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the halves, the plane and the estimates."),
+    batch_size: int = typer.Option(64, "--batch-size", help="Samples that go through the network together."),
+    data_root: Path | None = DataRoot,
+    device: str = Device,
+    as_json: bool = Json,
+    quiet: bool = Quiet,
+) -> None:
+    """Why a model fails on a domain: gradients, curvature and loss landscape of each domain, side by side.
+
+    Of the linear head, exactly: the mean and the variance of per-sample gradients, the diagonals of Fisher information
+    and Hessian, how far the domains lie apart in each, and the inconsistency score. Two models are compared, and the
+    risks along the line between them. Runs trained with --snapshots are followed over their checkpoints.
+
+    Examples:
+
+        fishr analyze runs/first my/images
+
+        fishr analyze runs/erm runs/fishr colored-digits --output runs/analysis --figures png
+
+        fishr analyze runs/first pacs --layers featurizer.network.conv_head --memory 2000 --subset 500
+    """
+    from fishr.analysis import analyze as analyze_models
+    from fishr.deploy.evaluate import load_data_for
+    from fishr.models import load_model
+
+    for kind in figures:
+        if kind not in IMAGE_KINDS:
+            raise ConfigError(f"--figures must be png or svg, got {kind!r}")
+    if figures and output is None:
+        raise ConfigError("--figures needs --output, the folder for them")
+    dataset = load_data_for(load_model(models[0]).card, data, root=data_root, subset=subset)
+    with _status(drawn=stderr.is_terminal and not quiet) as progress:
+        found = analyze_models(
+            models,
+            dataset,
+            layers=layers,
+            memory=memory,
+            draws=draws,
+            plane=plane,
+            epsilon=epsilon,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+        content = found.as_dict()
+        if output is not None:
+            progress("figures")
+            _write(output, content, found.weights(), figures)
+    if as_json:
+        print_json(content)
+    else:
+        _print(content)
+        if output is not None:
+            print_line(f"\nNumbers and figures: {output / PAGE}, {CONTENT} and {WEIGHTS} beside it.")
+
+
+def _write(folder: Path, content: Mapping[str, Any], weights: Any, kinds: Sequence[str]) -> None:
+    import pyarrow.parquet as pq
+
+    from fishr.files import write_text
+    from fishr.reports.figures import figures_of, write_images, write_page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONTENT, json.dumps(content, indent=2) + "\n")
+    pq.write_table(weights, folder / WEIGHTS)
+    drawn = figures_of(content, weights)
+    write_page(folder / PAGE, drawn, f"Analysis of {content['data']}")
+    write_images(folder, drawn, kinds)
+
+
+def _print(content: Mapping[str, Any]) -> None:
+    for model in content["models"]:
+        for layer in (model["head"], *model["layers"]):
+            print_line(f"\n{model['name']}: {layer['layer']}, {layer['weights']:,} weights")
+            print_table(DOMAIN_COLUMNS, domain_rows(layer, model["roles"]), left=2)
+            print_line("Distances between domains, relative to size; in brackets what sampling alone gives:")
+            print_table(PAIR_COLUMNS, pair_rows(layer))
+            if layer["hessian"] != "exact":
+                print_line(f"Hessian diagonal: {layer['hessian']}.")
+        for sentence in sentences(model, content["epsilon"]):
+            print_line(sentence)
+    if len(content["models"]) == 2:
+        print_line("")
+        for sentence in comparison_sentences(content):
+            print_line(sentence)
+        rises = ", ".join(f"{name} {rise:.3f}" for name, rise in barrier(content["line"]).items())
+        print_line(f"Rise of the risk between the models above a straight line, in nats: {rises}.")
+    print_line(
+        "\nRisk in nats, accuracy in %. Gradient: its norm. Correlation: over weights, of gradient variance with "
+        "Hessian diagonal."
+    )
+
+
+@contextmanager
+def _status(*, drawn: bool) -> Iterator[Callable[[str], None]]:
+    """A function that shows what is done next."""
+    if not drawn:
+        yield lambda stage: None
+        return
+    with stderr.status("loading") as status:
+        yield lambda stage: status.update(stage)
