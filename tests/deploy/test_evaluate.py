@@ -237,7 +237,7 @@ def test_images_come_in_the_models_format_and_are_not_cached(images, tmp_path, m
 def test_images_for_a_model_that_takes_none(images):
     card = replace(colors_model().card, image_format=None, input_shape=(128,))
     with pytest.raises(
-        DataError, match=r"toys holds images, but the model takes float32 inputs of shape 128: evaluate"
+        DataError, match=r"toys holds images, but the model takes float32 inputs of shape 128: use data"
     ):
         load_data_for(card, str(images))
 

@@ -1,7 +1,7 @@
 """How far the statistics of domains lie apart, and which domain is the outlier."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -103,11 +103,11 @@ def outlier(names: Sequence[str], apart: Distances) -> Outlier | None:
 
 def outlier_sentence(names: Sequence[str], apart: Distances, what: str) -> str:
     """Which domain is the outlier by the distances of what is named, in one sentence."""
-    found = outlier(names, apart)
     if len(names) < 3:
-        return f"Of {len(names)} domains none can be told to be the outlier by its {what}; it takes three."
+        return f"Of {len(names)} domains none can be told to be the outlier: that takes three."
+    found = outlier(names, apart)
     if found is None:
-        return f"No domain stands out: the {what} of the domains differ no more than those of samples of one domain."
+        return f"No domain stands out: the {what} of the domains differ no more than those of samples of one domain do."
     if math.isinf(found.ratio):
         return f"{found.domain!r} is the outlier: its {what} differ from those of all others, which agree."
     if found.stands_out:
@@ -116,15 +116,9 @@ def outlier_sentence(names: Sequence[str], apart: Distances, what: str) -> str:
             "domains as those from each other."
         )
     return (
-        f"No domain stands out: {found.domain!r}, whose {what} lie farthest from those of the others, is only "
-        f"{found.ratio:.2f} times as far as they from each other."
+        f"No domain stands out: the {what} of {found.domain!r}, which lie farthest from those of the others, are only "
+        f"{found.ratio:.2f} times as far as these from each other."
     )
-
-
-def mean_over_pairs(matrix: NDArray[np.float64], names: Sequence[str], chosen: Mapping[str, object]) -> float:
-    """Mean of the entries of all pairs of the chosen domains."""
-    indices = [index for index, name in enumerate(names) if name in chosen]
-    return float(np.mean([matrix[pair] for pair in combinations(indices, 2)]))
 
 
 def _pairwise(values: Sequence[Tensor]) -> NDArray[np.float64]:

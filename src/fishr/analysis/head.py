@@ -41,27 +41,26 @@ def head_statistics(model: SavedModel, samples: Samples, batch_size: int) -> Sta
         batch_size: Samples that go through the network together.
     """
     loss, head = loss_of(model), model.classifier
-    bias = head.bias is not None
     forms_whole = sum(weights.numel() for weights in head.parameters()) <= LARGEST_WHOLE
     num_samples, risk, accuracy = len(samples.targets), 0.0, 0.0
     sums: dict[str, Tensor] = {}
     for features, targets in _features(model, samples, batch_size):
         share, sizes = len(targets) / num_samples, (len(targets),)
-        logits = head(features).cpu().double()
-        features = features.cpu().double()
+        logits, features = head(features).cpu().double(), features.cpu().double()
         residuals = loss_residuals(loss, logits, targets)
         risk += share * per_sample_losses(loss, logits, targets).mean().item()
         accuracy += share * correct(logits, targets).double().mean().item()
+        # The second moment of r ⊗ h is the mean of r² ⊗ h², which is what the first function takes the mean of.
         means = {
-            "gradient": head_gradients(features, residuals, sizes, bias=bias)[0],
-            "fisher": head_gradients(features.square(), residuals.square(), sizes, bias=bias)[0],
-            "hessian": hessian_diagonals(features, logits, sizes, bias=bias)[0],
+            "gradient": head_gradients(features, residuals, sizes)[0],
+            "fisher": head_gradients(features.square(), residuals.square(), sizes)[0],
+            "hessian": hessian_diagonals(features, logits, sizes)[0],
         }
         if forms_whole:
-            means["whole_hessian"] = hessians(features, logits, sizes, bias=bias)[0]
+            means["whole_hessian"] = hessians(features, logits, sizes)[0]
         for name, mean in means.items():
             sums[name] = share * mean + sums.get(name, 0)
-    order = _parameter_order(*sums["hessian"].shape, bias=bias)
+    order = _parameter_order(*sums["hessian"].shape)
     diagonals = {name: sums[name].flatten()[order] for name in ("gradient", "fisher", "hessian")}
     whole = sums["whole_hessian"].reshape(len(order), -1)[order][:, order] if forms_whole else None
     return Statistics(num_samples, risk, accuracy, **diagonals, whole_hessian=whole)
@@ -74,9 +73,7 @@ def _features(model: SavedModel, samples: Samples, batch_size: int) -> Iterator[
         yield model.featurizer(network_input(samples.inputs[batch], device)), samples.targets[batch]
 
 
-def _parameter_order(num_classes: int, num_features: int, *, bias: bool) -> Tensor:
+def _parameter_order(num_classes: int, num_features: int) -> Tensor:
     """Where the head's weights, and then its biases, lie in a flattened ``[class, feature]`` with the bias last."""
     positions = torch.arange(num_classes * num_features).reshape(num_classes, num_features)
-    if not bias:
-        return positions.flatten()
     return torch.cat([positions[:, :-1].flatten(), positions[:, -1]])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,11 +108,11 @@ def layer_statistics(
     for batch in torch.split(torch.arange(total), chunk):
         share = len(batch) / total
         inputs, targets = network_input(samples.inputs[batch], device), samples.targets[batch].to(device)
-        gradients = per_sample(weights, inputs, targets)
-        gradient += share * _flat({name: value.mean(0) for name, value in gradients.items()})
-        fisher += share * _flat({name: value.square_().mean(0) for name, value in gradients.items()})
-        del gradients
-        with torch.no_grad():
+        with torch.no_grad():  # but for the gradients that per_sample takes itself
+            gradients = per_sample(weights, inputs, targets)
+            gradient += share * _flat({name: value.mean(0) for name, value in gradients.items()})
+            fisher += share * _flat({name: value.square_().mean(0) for name, value in gradients.items()})
+            del gradients
             logits = model(inputs)
         risk += share * per_sample_losses(loss_of(model), logits, targets).mean().item()
         accuracy += share * correct(logits, targets).double().mean().item()
@@ -121,7 +122,9 @@ def layer_statistics(
 
 def _sample_loss(model: SavedModel, weights: Mapping[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
     logits = functional_call(model, dict(weights), (inputs.unsqueeze(0),))
-    return per_sample_losses(loss_of(model), logits, target.unsqueeze(0)).squeeze(0)
+    if model.card.binary:
+        return F.binary_cross_entropy_with_logits(logits[0, 0], target.to(logits.dtype))
+    return F.cross_entropy(logits, target.unsqueeze(0))
 
 
 def _hutchinson(

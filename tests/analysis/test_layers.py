@@ -1,0 +1,146 @@
+"""Statistics of deeper layers, against autograd sample by sample, and their bound on memory."""
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from fishr.analysis.head import head_statistics
+from fishr.analysis.layers import LayerEstimator, layer_statistics, parameters_of
+from fishr.errors import ConfigError
+from oracles import relative_error
+from small_models import hessian, sample_gradients, small_model, small_samples
+
+NAMES = ["featurizer.3.weight", "featurizer.3.bias"]
+
+
+def estimator(draws: int = 4, seed: int = 0, memory: int = 64) -> LayerEstimator:
+    return LayerEstimator(memory, draws, seed)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_gradients_against_autograd(binary):
+    model = small_model(2, binary=binary)
+    samples = small_samples(model, 11)
+    statistics = layer_statistics(model, NAMES, samples, estimator(), chunk=4)
+    gradients = sample_gradients(model, NAMES, samples)
+    assert relative_error(statistics.gradient, gradients.mean(0)) < 1e-12
+    assert relative_error(statistics.variance, gradients.var(0, unbiased=False)) < 1e-12
+
+
+def test_the_head_as_a_layer_is_the_head():
+    model = small_model()
+    samples = small_samples(model, 11)
+    expected = head_statistics(model, samples, batch_size=11)
+    names = parameters_of(model, "classifier")
+    statistics = layer_statistics(model, names, samples, estimator(), chunk=4)
+    assert relative_error(statistics.gradient, expected.gradient) < 1e-12
+    assert relative_error(statistics.fisher, expected.fisher) < 1e-12
+    assert statistics.risk == pytest.approx(expected.risk)
+    assert (statistics.accuracy, statistics.samples) == (pytest.approx(expected.accuracy), 11)
+
+
+def test_the_estimate_of_given_signs():
+    model = small_model()
+    samples = small_samples(model, 11)
+    statistics = layer_statistics(model, NAMES, samples, estimator(draws=3, seed=5), chunk=11)
+    generator, whole = torch.Generator().manual_seed(5), hessian(model, NAMES, samples)
+    shapes, estimates = [model.get_parameter(name).shape for name in NAMES], []
+    for _ in range(3):
+        signs = torch.cat([torch.randint(2, shape, generator=generator).flatten() for shape in shapes]).double() * 2 - 1
+        estimates.append(signs * (whole @ signs))
+    assert relative_error(statistics.hessian, torch.stack(estimates).mean(0)) < 1e-12
+
+
+def test_all_signs_give_the_diagonal(monkeypatch):
+    model = small_model(2, binary=True, width=2, depth=1)  # 2 weights and a bias in the head
+    samples = small_samples(model, 9)
+    names = ["classifier.weight", "classifier.bias"]
+    signs = [
+        torch.tensor(bits[slice_]).reshape(shape)
+        for bits in product((0, 1), repeat=3)
+        for slice_, shape in ((slice(2), (1, 2)), (slice(2, 3), (1,)))
+    ]
+    draws = iter(signs)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: next(draws))
+    statistics = layer_statistics(model, names, samples, estimator(draws=8), chunk=9)
+    assert relative_error(statistics.hessian, hessian(model, names, samples).diagonal()) < 1e-12
+
+
+def test_chunks_make_no_difference():
+    model = small_model()
+    samples = small_samples(model, 11)
+    one, other = (layer_statistics(model, NAMES, samples, estimator(), chunk) for chunk in (11, 3))
+    for name in ("gradient", "fisher", "hessian"):
+        assert relative_error(getattr(one, name), getattr(other, name)) < 1e-12
+
+
+def test_names_of_layers():
+    model = small_model()
+    assert parameters_of(model, "featurizer.3") == NAMES
+    assert parameters_of(model, "featurizer.3.bias") == NAMES[1:]
+    assert len(parameters_of(model, "featurizer")) == 4
+    with pytest.raises(
+        ConfigError,
+        match=r"^unknown layer 'featuriser\.3'; did you mean 'featurizer\.3'\? "
+        r"\(known: classifier, featurizer\.1, featurizer\.3\)$",
+    ):
+        parameters_of(model, "featuriser.3")
+    with pytest.raises(ConfigError, match=r"^unknown layer 'featurizer\.2'"):  # a ReLU
+        parameters_of(model, "featurizer.2")
+
+
+def test_a_bound_that_is_too_tight():
+    model = small_model(width=200)
+    inputs = small_samples(model, 1).inputs
+    with pytest.raises(
+        ConfigError,
+        match=r"^40,200 weights in 3 domains need at least 7 MiB, and the bound is 1 MiB: choose fewer layers or "
+        r"domains, or raise the bound$",
+    ):
+        estimator(memory=1).chunk(model, parameters_of(model, "featurizer.3"), inputs, 3)
+
+
+def test_more_memory_larger_chunks():
+    model = small_model(width=200)
+    inputs = small_samples(model, 1).inputs
+    chunks = [estimator(memory=memory).chunk(model, NAMES, inputs, 3) for memory in (20, 100, 1000)]
+    assert chunks == sorted(chunks)
+    assert 5 <= chunks[0] <= 40
+
+
+@pytest.mark.parametrize(("memory", "draws"), [(0, 1), (1, 0)])
+def test_settings_out_of_range(memory, draws):
+    with pytest.raises(ConfigError, match=rf"at least 1 MiB and draws at least 1, got {memory} and {draws}$"):
+        LayerEstimator(memory, draws, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_stays_within_the_bound():
+    """1,000 samples of 90,000 weights: all their gradients at once would take 343 MiB."""
+    script = """
+import torch
+from pathlib import Path
+torch.set_num_threads(1)
+from fishr.analysis.layers import LayerEstimator, layer_statistics, parameters_of
+from small_models import small_model, small_samples
+model = small_model(width=300).float()
+samples = small_samples(model, 1000)
+samples = samples._replace(inputs=samples.inputs.float())
+names = parameters_of(model, "featurizer.3")
+estimator = LayerEstimator(memory=64, draws=2, seed=0)
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+layer_statistics(model, names, samples.subset(torch.arange(2)), estimator, chunk=1)
+before = peak()
+chunk = estimator.chunk(model, names, samples.inputs[:1], 1)
+layer_statistics(model, names, samples, estimator, chunk)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert 5 < float(done.stdout) < 64
