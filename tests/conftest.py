@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,19 @@ def data_root() -> Path:
         return beside
     reason = f"no real MNIST: FISHR_DATA is not set and there is no {beside / 'MNIST' / 'raw'}"
     if os.environ.get("FISHR_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """Chrome or Chromium, which plotly draws images with."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    reason = f"no browser: none of {', '.join(names)} is on the PATH"
+    if os.environ.get("FISHR_REQUIRE_BROWSER") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
 

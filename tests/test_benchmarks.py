@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -227,3 +228,18 @@ def test_algorithms_are_tuned_compared_and_timed(script, tmp_path):
             assert len(outcome["held_out"]) == 2
     assert results["accuracy"]["fishr"]["+80%"]["hparams"]["strength"] == 0.5
     assert all(cost["MLP"] > 0 for cost in results["step_costs"].values())
+
+
+def test_alignment_follows_both_methods(script, tmp_path, data_root, browser):
+    options = ["--data-root", str(data_root), "--runs", str(tmp_path / "runs")]
+    results = run(script, "alignment", tmp_path, *options)
+    assert results["switch_on"] == 8
+    assert list(results["seeds"]) == ["0", "1"]
+    for seed in results["seeds"].values():
+        assert list(seed) == ["erm", "fishr"]
+        for series in seed.values():
+            assert series["step"] == [10, 20]
+            assert all(len(values) == 2 and all(np.isfinite(values)) for values in series.values())
+    verdict = (tmp_path / "alignment.md").read_text()
+    assert "Hessian diagonals of the training domains lie" in verdict
+    assert "<svg" in (tmp_path / "alignment.svg").read_text()[:100]

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fishr.analysis.head import head_statistics
 from fishr.analysis.layers import LayerEstimator, layer_statistics, parameters_of
+from fishr.data import Samples
 from fishr.errors import ConfigError
+from fishr.models import ModelCard, SavedModel, backbone_config, build_model
 from oracles import relative_error
-from small_models import hessian, sample_gradients, small_model, small_samples
+from small_models import CLASSES, hessian, risk_of, sample_gradients, small_model, small_samples
 
 NAMES = ["featurizer.3.weight", "featurizer.3.bias"]
 
@@ -70,6 +73,35 @@ def test_all_signs_give_the_diagonal(monkeypatch):
     assert relative_error(statistics.hessian, hessian(model, names, samples).diagonal()) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [
+        ("test_resnet", "featurizer.network.conv1"),
+        ("test_efficientnet", "featurizer.network.blocks.1"),
+        ("test_vit", "featurizer.network.blocks.0.attn.qkv"),
+    ],
+)
+def test_backbones_of_timm(architecture, layer):
+    torch.manual_seed(0)
+    arguments = {"img_size": 32} if architecture == "test_vit" else {}
+    config = backbone_config(architecture, arguments=arguments, weights=None, mean=0.5, std=0.5)
+    card = ModelCard(config, (3, 32, 32), CLASSES[:3], False)
+    model = SavedModel(*build_model(card.model, card.input_shape, 3), card).double().eval().requires_grad_(False)
+    samples = Samples(torch.rand(5, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0]))
+    names = parameters_of(model, layer)
+    statistics = layer_statistics(model, names, samples, estimator(draws=1), chunk=3)
+    gradients = sample_gradients(model, names, samples)
+    assert relative_error(statistics.variance, gradients.var(0, unbiased=False)) < 1e-10
+    risk, point = risk_of(model, names, samples)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [model.get_parameter(name).shape for name in names]
+    signs = torch.cat([torch.randint(2, shape, generator=generator).flatten() for shape in shapes]).double() * 2 - 1
+    with sdpa_kernel(SDPBackend.MATH):
+        _, product = torch.autograd.functional.hvp(risk, point, signs)
+    assert relative_error(statistics.hessian, signs * product) < 1e-10
+    assert model.featurizer.channels_last
+
+
 def test_chunks_make_no_difference():
     model = small_model()
     samples = small_samples(model, 11)
@@ -120,7 +152,7 @@ def test_settings_out_of_range(memory, draws):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_memory_stays_within_the_bound():
-    """1,000 samples of 90,000 weights: all their gradients at once would take 343 MiB."""
+    """400 samples of 90,000 weights: all their gradients at once would take 137 MiB, and as much again for squares."""
     script = """
 import torch
 from pathlib import Path
@@ -128,7 +160,7 @@ torch.set_num_threads(1)
 from fishr.analysis.layers import LayerEstimator, layer_statistics, parameters_of
 from small_models import small_model, small_samples
 model = small_model(width=300).float()
-samples = small_samples(model, 1000)
+samples = small_samples(model, 400)
 samples = samples._replace(inputs=samples.inputs.float())
 names = parameters_of(model, "featurizer.3")
 estimator = LayerEstimator(memory=64, draws=2, seed=0)

@@ -234,22 +234,18 @@ def analyze(
     """
     _check(models, dataset, epsilon, batch_size)
     estimator = LayerEstimator(memory, draws, 4 * seed + _SIGNS)
-    loaded = {str(folder): load_model(folder).to(torch_device(device)) for folder in models}
+    loaded = {str(folder): _load(folder, device) for folder in models}
     analysed = []
     for name, model in loaded.items():
         domains = samples_for(model.card, dataset)
         halves = {domain: _halves(samples, 4 * seed + _HALVES) for domain, samples in domains.items()}
         progress(f"the head of {name}")
         head = _head(model, halves, batch_size)
-        deeper = []
-        for layer in layers:
-            progress(f"{layer} of {name}")
-            deeper.append(_layer(model, layer, halves, estimator))
+        deeper = [_layer(model, layer, halves, estimator, progress) for layer in layers]
         checkpoints = {}
         for step, folder in snapshots_of(Path(name)).items():
             progress(f"step {step} of {name}")
-            snapshot = load_model(folder).to(torch_device(device))
-            checkpoints[step] = _head(snapshot, halves, batch_size).as_dict(epsilon)
+            checkpoints[step] = _head(_load(folder, device), halves, batch_size).as_dict(epsilon)
         around = None
         if plane:
             progress(f"the plane around {name}")
@@ -277,6 +273,10 @@ def _check(models: Sequence[Path | str], dataset: MultiDomainDataset, epsilon: f
         raise ConfigError(f"epsilon must be at least 0 and batch_size at least 1, got {epsilon} and {batch_size}")
 
 
+def _load(folder: Path | str, device: str) -> SavedModel:
+    return load_model(folder).requires_grad_(False).to(torch_device(device))
+
+
 def _head(model: SavedModel, halves: Mapping[str, tuple[Samples, Samples]], batch_size: int) -> LayerAnalysis:
     return LayerAnalysis(
         HEAD,
@@ -290,7 +290,11 @@ def _head(model: SavedModel, halves: Mapping[str, tuple[Samples, Samples]], batc
 
 
 def _layer(
-    model: SavedModel, layer: str, halves: Mapping[str, tuple[Samples, Samples]], estimator: LayerEstimator
+    model: SavedModel,
+    layer: str,
+    halves: Mapping[str, tuple[Samples, Samples]],
+    estimator: LayerEstimator,
+    progress: Callable[[str], None],
 ) -> LayerAnalysis:
     if model.card.depends_on_batch:
         raise ConfigError(
@@ -300,18 +304,15 @@ def _layer(
     parameters = parameters_of(model, layer)
     first = next(iter(halves.values()))[0]
     chunk = estimator.chunk(model, parameters, first.inputs[:1], len(halves))
-    return LayerAnalysis(
-        layer,
-        {name: tuple(model.get_parameter(name).shape) for name in parameters},
-        f"Hutchinson's estimate of {estimator.draws} draws",
-        {
-            domain: (
-                layer_statistics(model, parameters, one, estimator, chunk),
-                layer_statistics(model, parameters, other, estimator, chunk),
-            )
-            for domain, (one, other) in halves.items()
-        },
-    )
+    statistics = {}
+    for domain, (one, other) in halves.items():
+        progress(f"{layer} in {domain}, {chunk} samples at a time")
+        statistics[domain] = (
+            layer_statistics(model, parameters, one, estimator, chunk),
+            layer_statistics(model, parameters, other, estimator, chunk),
+        )
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in parameters}
+    return LayerAnalysis(layer, shapes, f"Hutchinson's estimate of {estimator.draws} draws", statistics)
 
 
 def _halves(samples: Samples, seed: int) -> tuple[Samples, Samples]:

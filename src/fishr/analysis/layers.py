@@ -9,7 +9,8 @@ unbiased, and the better the larger the diagonal is beside the rest of the Hessi
 Applied Numerical Mathematics 57, 2007).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ from fishr.analysis.statistics import Statistics
 from fishr.data.base import Samples, network_input
 from fishr.errors import ConfigError
 from fishr.functional.residuals import per_sample_losses
+from fishr.models.backbone import Backbone
 from fishr.models.saved import SavedModel
 from fishr.registry import unknown
 
@@ -66,7 +68,8 @@ class LayerEstimator:
         """
         weights = sum(model.get_parameter(name).numel() for name in parameters)
         held = (2 * num_domains + 1) * 3 * 8 * weights
-        sample = 4 * COPIES_OF_GRADIENTS * weights + COPIES_OF_ACTIVATIONS * _activation_bytes(model, inputs)
+        activations = _activation_bytes(model, parameters, inputs)
+        sample = 4 * COPIES_OF_GRADIENTS * weights + COPIES_OF_ACTIVATIONS * activations
         if held + sample > self.memory * MIB:
             raise ConfigError(
                 f"{weights:,} weights in {num_domains} domains need at least {(held + sample) / MIB:,.0f} MiB, and the "
@@ -93,7 +96,8 @@ def layer_statistics(
     """Statistics of some parameters over samples of one domain.
 
     Args:
-        model: The model, in ``eval()`` mode; its predictions must not depend on the batch.
+        model: The model, in ``eval()`` mode, none of its parameters with ``requires_grad``, as that would keep
+            activations of other layers; its predictions must not depend on the batch.
         parameters: Names of the parameters.
         samples: Samples of one domain, with the model's classes as targets.
         estimator: Draws of the Hessian's diagonal and their seed.
@@ -109,7 +113,8 @@ def layer_statistics(
         share = len(batch) / total
         inputs, targets = network_input(samples.inputs[batch], device), samples.targets[batch].to(device)
         with torch.no_grad():  # but for the gradients that per_sample takes itself
-            gradients = per_sample(weights, inputs, targets)
+            with _mapped_over_samples(model):
+                gradients = per_sample(weights, inputs, targets)
             gradient += share * _flat({name: value.mean(0) for name, value in gradients.items()})
             fisher += share * _flat({name: value.square_().mean(0) for name, value in gradients.items()})
             del gradients
@@ -118,6 +123,20 @@ def layer_statistics(
         accuracy += share * correct(logits, targets).double().mean().item()
         hessian += share * _hutchinson(model, weights, inputs, targets, estimator)
     return Statistics(total, risk, accuracy, gradient, fisher, hessian)
+
+
+@contextmanager
+def _mapped_over_samples(model: SavedModel) -> Iterator[None]:
+    """The model in a form that vmap takes."""
+    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+    for backbone in backbones:
+        backbone.channels_last = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for backbone in backbones:
+            backbone.channels_last = True
 
 
 def _sample_loss(model: SavedModel, weights: Mapping[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
@@ -132,7 +151,7 @@ def _hutchinson(
 ) -> Tensor:
     """D of the mean loss of a batch, float64 ``[weight]``."""
     variables = {name: value.clone().requires_grad_() for name, value in weights.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the one attention that can be differentiated twice
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention that is differentiated twice
         logits = functional_call(model, variables, (inputs,))
         risk = per_sample_losses(loss_of(model), logits, targets).mean()
         gradients = torch.autograd.grad(risk, list(variables.values()), create_graph=True)
@@ -152,9 +171,10 @@ def _flat(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.detach().flatten() for value in values.values()]).cpu().double()
 
 
-def _activation_bytes(model: SavedModel, inputs: Tensor) -> int:
-    """What the forward pass of one sample keeps for the backward pass, without the weights."""
-    own = {weights.untyped_storage().data_ptr() for weights in model.parameters()}
+def _activation_bytes(model: SavedModel, parameters: Sequence[str], inputs: Tensor) -> int:
+    """What the forward pass of one sample keeps for the backward pass to some parameters, without the weights."""
+    variables = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in parameters}
+    own = {weights.untyped_storage().data_ptr() for weights in (*model.parameters(), *variables.values())}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -164,7 +184,7 @@ def _activation_bytes(model: SavedModel, inputs: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(inputs)
+        functional_call(model, variables, (inputs,))
     return sum(kept.values())
 
 

@@ -60,6 +60,7 @@ class Backbone(nn.Module):
 
     Attributes:
         num_features: Width of the features, measured.
+        channels_last: Whether images are laid out channels last, which ``torch.func.vmap`` does not know.
 
     Raises:
         ConfigError: no such architecture, arguments that it does not take, or images that it cannot take.
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    channels_last = True
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class Backbone(nn.Module):
         """Features ``[sample, feature]`` of images with values in [0, 1]."""
         # Convolutions are half as fast again in this layout on CPUs, and faster on GPUs. The weights stay as they are:
         # safetensors stores no other layout, and a resumed run must meet the same one.
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         # (inputs - mean) / std in one pass over memory.
         features: Tensor = self.network(torch.addcmul(-self.mean / self.std, inputs, 1 / self.std))
         return features

@@ -210,8 +210,10 @@ def write_images(folder: Path, figures: Mapping[str, go.Figure], kinds: Sequence
             try:
                 image = figure.to_image(kind)
             except (ValueError, RuntimeError) as error:  # plotly's, of a missing kaleido or Chrome
+                reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"{kind} files need kaleido (pip install 'fishr[figures]') and Chrome or Chromium: {error}"
+                    f"{kind} files cannot be drawn ({reason}): they need pip install 'fishr[figures]', and Chrome or "
+                    "Chromium"
                 ) from None
             write_bytes(folder / f"{name}.{kind}", image)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, Protocol
 
-from fishr.data import load_dataset
+from fishr.data import MultiDomainDataset, load_dataset
 from fishr.files import write_text
 from fishr.models.build import ModelConfig
 from fishr.records import RunRecord
@@ -154,32 +154,37 @@ def run_methods(
     for seed in seeds:
         dataset = load_dataset(setting.data, root=data_root, seed=seed, **setting.data_options)
         for method in methods:
-            algorithm, own = METHODS[method]
-            penalized = {
-                "penalty_weight": setting.penalty_weight,
-                "switch_on": setting.switch_on,
-                "weight_before": 1.0,
-                "rescale": True,
-                "reset_optimizer": False,
-            }
-            hparams = {"lr": setting.lr, "l2": setting.l2, "batch_size": None, **own}
-            config = RunConfig.for_dataset(
-                dataset,
-                algorithm,
-                steps=setting.steps,
-                hparams=hparams if algorithm == "erm" else hparams | penalized,
-                model=ModelConfig("mlp", {"width": setting.width, "depth": 2}, init="xavier"),
-                checkpoint_every=max(1, setting.steps // 5),
-                seed=seed,
-                out_fraction=0.0,
-                precision=setting.precision,
-            )
+            config = method_config(setting, method, dataset, seed)
             with watcher.run(method, seed) as observer:
                 result = train(config, dataset, folder / f"{method}-{seed}", device=device, observer=observer)
             run = _outcome(method, seed, result.records)
             runs.append(run)
             watcher.on_result(run)
     return runs
+
+
+def method_config(setting: Setting, method: str, dataset: MultiDomainDataset, seed: int) -> RunConfig:
+    """The config of one method's run."""
+    algorithm, own = METHODS[method]
+    penalized = {
+        "penalty_weight": setting.penalty_weight,
+        "switch_on": setting.switch_on,
+        "weight_before": 1.0,
+        "rescale": True,
+        "reset_optimizer": False,
+    }
+    hparams = {"lr": setting.lr, "l2": setting.l2, "batch_size": None, **own}
+    return RunConfig.for_dataset(
+        dataset,
+        algorithm,
+        steps=setting.steps,
+        hparams=hparams if algorithm == "erm" else hparams | penalized,
+        model=ModelConfig("mlp", {"width": setting.width, "depth": 2}, init="xavier"),
+        checkpoint_every=max(1, setting.steps // 5),
+        seed=seed,
+        out_fraction=0.0,
+        precision=setting.precision,
+    )
 
 
 def summaries(runs: Sequence[MethodRun]) -> dict[str, Spread]:
