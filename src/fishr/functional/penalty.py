@@ -56,8 +56,7 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, variances: Tensor) -> Tensor:
         ctx.save_for_backward(variances)
-        mean = variances.mean(0)
-        return torch.stack([(of_domain - mean).square().sum() for of_domain in variances]).sum()
+        return (variances - variances.mean(0)).square_().sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

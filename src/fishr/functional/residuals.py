@@ -49,8 +49,11 @@ def loss_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     # An exact type: a subclass may compute something else.
     if type(loss) is nn.CrossEntropyLoss:
         _check_class_targets(loss, logits, targets)
+        probabilities = torch.softmax(logits, dim=1)
+        if loss.weight is None and loss.label_smoothing == 0 and samples_that_count(loss, targets) is None:
+            return probabilities - _distribution(logits, targets)
         weights = _cross_entropy_target_weights(loss, logits, targets)
-        return torch.softmax(logits, dim=1) * weights.sum(1, keepdim=True) - weights
+        return probabilities * weights.sum(1, keepdim=True) - weights
     if type(loss) is nn.BCEWithLogitsLoss:
         return _binary_cross_entropy_residuals(loss, logits, _like_logits(targets, logits))
     if type(loss) is nn.MSELoss:
@@ -96,26 +99,32 @@ def per_sample_losses(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def samples_that_count(loss: Loss, targets: Tensor) -> Tensor | None:
-    """Samples that the loss does not ignore: bool ``[sample]``, or None when the loss ignores none."""
-    if type(loss) is nn.CrossEntropyLoss and not targets.is_floating_point():
-        return targets != loss.ignore_index
-    return None
+    """Samples that the loss does not ignore: bool ``[sample]``, or None when it ignores none.
+
+    Where looking at values would make an accelerator wait, it is None only if the loss could not ignore any.
+    """
+    if type(loss) is not nn.CrossEntropyLoss or targets.is_floating_point():
+        return None
+    counts = targets != loss.ignore_index
+    return None if values_may_be_checked(targets) and counts.all() else counts
+
+
+def _distribution(logits: Tensor, targets: Tensor) -> Tensor:
+    """Targets as probabilities ``[sample, class]``."""
+    if targets.is_floating_point():
+        return targets
+    return torch.zeros_like(logits, requires_grad=False).scatter(1, targets.unsqueeze(1), 1.0)
 
 
 def _cross_entropy_target_weights(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Tensor) -> Tensor:
     """t_ik such that ℓ_i = −Σ_k t_ik log p_ik; zero for ignored samples."""
     num_classes = logits.shape[1]
-    if targets.is_floating_point():
-        distribution = targets
-        kept = None
-    else:
-        kept = (targets != loss.ignore_index).unsqueeze(1)
-        indices = targets.unsqueeze(1).where(kept, 0)
-        distribution = torch.zeros_like(logits, requires_grad=False).scatter(1, indices, 1.0)
+    counts = samples_that_count(loss, targets)
+    distribution = _distribution(logits, targets if counts is None else targets.where(counts, 0))
     class_weights = logits.new_ones(num_classes) if loss.weight is None else loss.weight.to(logits.dtype)
     smoothing = loss.label_smoothing
     weights = (1 - smoothing) * distribution * class_weights + smoothing / num_classes * class_weights
-    return weights if kept is None else weights * kept
+    return weights if counts is None else weights * counts.unsqueeze(1)
 
 
 def _binary_cross_entropy_residuals(loss: nn.BCEWithLogitsLoss, logits: Tensor, targets: Tensor) -> Tensor:
@@ -148,7 +157,10 @@ def _check_class_targets(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Ten
             f"targets of cross-entropy must be integers [sample] = [{num_samples}] or probabilities [sample, class] = "
             f"[{num_samples}, {num_classes}], got {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}"
         )
-    if not targets.is_floating_point() and values_may_be_checked(targets):
+    if targets.is_floating_point() or not values_may_be_checked(targets) or len(targets) == 0:
+        return
+    low, high = targets.aminmax()
+    if low < 0 or high >= num_classes:
         out_of_range = ((targets < 0) | (targets >= num_classes)) & (targets != loss.ignore_index)
         if out_of_range.any():
             raise InputError(

@@ -125,7 +125,7 @@ def _add_moments_at_once(
     r_squared_over_n = r * r_over_n
     for moments, weights, values in ((seconds, r_squared_over_n, h.square()), (means, r_over_n, h)):
         if moments.numel():
-            moments[:, :, :num_features] += weights.mT @ values
+            moments[:, :, :num_features].baddbmm_(weights.mT, values)
             moments[:, :, num_features:] += weights.sum(1).unsqueeze(2)
 
 
