@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fishr import functional
     from fishr.data import DomainBatch, MultiDomainDataset, load_dataset
     from fishr.errors import FishrError
+    from fishr.estimator import FishrClassifier, FishrRegressor
     from fishr.models import load_model
     from fishr.nn import FishrPenalty
     from fishr.training import RunConfig, train
@@ -19,8 +20,10 @@ __version__ = version("fishr")
 
 _HOMES = {
     "DomainBatch": "fishr.data",
+    "FishrClassifier": "fishr.estimator",
     "FishrError": "fishr.errors",
     "FishrPenalty": "fishr.nn",
+    "FishrRegressor": "fishr.estimator",
     "MultiDomainDataset": "fishr.data",
     "RunConfig": "fishr.training",
     "load_dataset": "fishr.data",
@@ -32,8 +35,10 @@ _ROOMS = ("algorithms", "data", "deploy", "functional", "models", "nn", "testing
 
 __all__ = [
     "DomainBatch",
+    "FishrClassifier",
     "FishrError",
     "FishrPenalty",
+    "FishrRegressor",
     "MultiDomainDataset",
     "RunConfig",
     "functional",

@@ -202,6 +202,7 @@ class Algorithm(nn.Module):
         title: Its customary name; default: the name of the class.
         reference: Where it was published.
         min_domains: Training domains that it needs.
+        for_classes: Whether it presupposes classes, so that it trains no regressor.
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
         switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
         ramp: Steps from then on until it is so in full.
@@ -211,6 +212,7 @@ class Algorithm(nn.Module):
     title: ClassVar[str] = ""
     reference: ClassVar[Reference]
     min_domains: ClassVar[int] = 1
+    for_classes: ClassVar[bool] = False
     switch_on_step: int = 0
     ramp: int = 0
 

@@ -25,6 +25,7 @@ class CDANN(DANN):
         2018,
         venue="ECCV",
     )
+    for_classes = True
 
     def setup(self) -> None:
         super().setup()

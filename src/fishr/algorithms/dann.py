@@ -156,4 +156,4 @@ class DANN(Algorithm):
 
     def sample_weights(self, targets: Tensor) -> Tensor:
         """Weight of each sample in D, ``[sample]``; CDANN balances the classes."""
-        return torch.full(targets.shape, 1 / len(targets), device=targets.device)
+        return torch.full(targets.shape[:1], 1 / len(targets), device=targets.device)

@@ -43,6 +43,7 @@ class HessianAlignment(PenalizedAlgorithm):
     """Shared by the algorithms that align gradients and Hessians of the head."""
 
     min_domains = 2
+    for_classes = True
     Config = HessianAlignmentConfig
     config: HessianAlignmentConfig
 

@@ -53,6 +53,7 @@ class RSC(Algorithm):
         venue="ECCV",
         arxiv="2007.02454",
     )
+    for_classes = True
     Config = RSCConfig
     config: RSCConfig
 

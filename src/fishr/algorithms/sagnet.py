@@ -67,6 +67,7 @@ class SagNet(Algorithm):
         venue="CVPR",
         arxiv="1910.11645",
     )
+    for_classes = True
     Config = SagNetConfig
     config: SagNetConfig
 

@@ -40,6 +40,7 @@ class SD(PenalizedAlgorithm):
         venue="NeurIPS",
         arxiv="2011.09468",
     )
+    for_classes = True
     Config = SDConfig
     config: SDConfig
 

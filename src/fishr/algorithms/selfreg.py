@@ -39,6 +39,7 @@ class SelfReg(Algorithm):
         venue="ICCV",
         arxiv="2104.09841",
     )
+    for_classes = True
 
     def setup(self) -> None:
         width = self.classifier.in_features
