@@ -48,9 +48,9 @@ def loss_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
         raise InputError(f"logits must be [sample, class], got {list(logits.shape)}")
     # An exact type: a subclass may compute something else.
     if type(loss) is nn.CrossEntropyLoss:
-        _check_class_targets(loss, logits, targets)
+        check_class_targets(loss, logits.shape, targets)
         probabilities = torch.softmax(logits, dim=1)
-        if loss.weight is None and loss.label_smoothing == 0 and samples_that_count(loss, targets) is None:
+        if is_plain_cross_entropy(loss, targets):
             return probabilities - _distribution(logits, targets)
         weights = _cross_entropy_target_weights(loss, logits, targets)
         return probabilities * weights.sum(1, keepdim=True) - weights
@@ -68,7 +68,7 @@ def per_sample_losses(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
         InputError: as :func:`loss_residuals`.
     """
     if type(loss) is nn.CrossEntropyLoss:
-        _check_class_targets(loss, logits, targets)
+        check_class_targets(loss, logits.shape, targets)
         return F.cross_entropy(
             logits,
             targets,
@@ -107,6 +107,16 @@ def samples_that_count(loss: Loss, targets: Tensor) -> Tensor | None:
         return None
     counts = targets != loss.ignore_index
     return None if values_may_be_checked(targets) and counts.all() else counts
+
+
+def is_plain_cross_entropy(loss: Loss, targets: Tensor) -> bool:
+    """Whether no sample has another weight than the others: no class weights, no smoothing, none of these ignored."""
+    return (
+        type(loss) is nn.CrossEntropyLoss
+        and loss.weight is None
+        and loss.label_smoothing == 0
+        and samples_that_count(loss, targets) is None
+    )
 
 
 def _distribution(logits: Tensor, targets: Tensor) -> Tensor:
@@ -149,8 +159,9 @@ def _autograd_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     return residuals
 
 
-def _check_class_targets(loss: nn.CrossEntropyLoss, logits: Tensor, targets: Tensor) -> None:
-    num_samples, num_classes = logits.shape
+def check_class_targets(loss: nn.CrossEntropyLoss, shape: torch.Size, targets: Tensor) -> None:
+    """Raises InputError for targets that do not fit logits of a shape, or out of range where values may be checked."""
+    num_samples, num_classes = shape
     expected = (num_samples, num_classes) if targets.is_floating_point() else (num_samples,)
     if targets.shape != expected:
         raise InputError(

@@ -16,9 +16,10 @@ the whole batch; the backward pass sums the incoming gradient over ranks, so tha
 which DistributedDataParallel takes, is the gradient of one process with the whole batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library
 
 from fishr.functional.distributed import sum_over_ranks
@@ -83,11 +84,14 @@ def _head_variances(
     dtype = torch.promote_types(features.dtype, residuals.dtype)
     num_classes, num_features = residuals.shape[1], features.shape[1]
     shape = (len(sizes), num_classes, num_features + bias)
-    variances = features.new_zeros(shape, dtype=dtype)
-    means = features.new_zeros(shape if centered else 0, dtype=dtype)
-    add_moments = _add_moments_at_once if _fit_together(sizes, features) else _add_moments_by_chunks
     with torch.autocast(features.device.type, enabled=False):
-        add_moments(features, residuals, sizes, counts.to(dtype), variances, means)
+        if fit_together(sizes, features):
+            h, r = stacked(features, residuals, len(sizes), bias=bias)
+            variances, means = stacked_moments(h, r, counts.to(dtype), centered=centered)
+        else:
+            variances = features.new_zeros(shape, dtype=dtype)
+            means = features.new_zeros(shape if centered else 0, dtype=dtype)
+            _add_moments(features, residuals, sizes, counts.to(dtype), variances, means)
     if centered:
         means = sum_over_ranks(means)
     variances = sum_over_ranks(variances)
@@ -96,7 +100,7 @@ def _head_variances(
     return variances, means
 
 
-def _add_moments_by_chunks(
+def _add_moments(
     features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, seconds: Tensor, means: Tensor
 ) -> None:
     """Add s_e to ``seconds`` and m_e to ``means``, unless those are empty."""
@@ -115,18 +119,39 @@ def _add_moments_by_chunks(
                 means[domain, :, num_features] += r_over_n.sum(0)
 
 
-def _add_moments_at_once(
-    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, seconds: Tensor, means: Tensor
-) -> None:
-    """The same for domains of one size: ``[domain, sample, ...]`` in place of a walk."""
-    num_features = features.shape[1]
-    r, h = (_by_domain(values, sizes).to(seconds.dtype) for values in (residuals, features))
+def fit_together(sizes: Sequence[int], features: Tensor) -> bool:
+    """Whether domains are as large as each other and together no larger than a chunk."""
+    return len(set(sizes)) == 1 and features.numel() <= CHUNK_ELEMENTS
+
+
+def stacked(features: Tensor, residuals: Tensor, num_domains: int, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """H ``[domain, sample, feature (+1)]`` and R ``[domain, sample, class]`` of domains of one size, in one type."""
+    dtype = torch.promote_types(features.dtype, residuals.dtype)
+    h, r = (
+        values.view(num_domains, len(values) // num_domains, values.shape[1]).to(dtype)
+        for values in (features, residuals)
+    )
+    return F.pad(h, (0, 1), value=1.0) if bias else h, r
+
+
+def stacked_moments(h: Tensor, r: Tensor, counts: Tensor, *, centered: bool = True) -> tuple[Tensor, Tensor]:
+    """s_e and m_e (empty when not centred), ``[domain, class, feature]``."""
     r_over_n = r / counts.view(-1, 1, 1)
-    r_squared_over_n = r * r_over_n
-    for moments, weights, values in ((seconds, r_squared_over_n, h.square()), (means, r_over_n, h)):
-        if moments.numel():
-            moments[:, :, :num_features].baddbmm_(weights.mT, values)
-            moments[:, :, num_features:] += weights.sum(1).unsqueeze(2)
+    means = torch.bmm(r_over_n.mT, h) if centered else h.new_empty(0)
+    return torch.bmm((r * r_over_n).mT, h.square()), means
+
+
+def stacked_gradients(grad: Tensor, h: Tensor, r: Tensor, means: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """∂L/∂H and ∂L/∂R for G = ``grad``, as :func:`_head_variances_backward` writes them."""
+    factor = 2 / counts.view(-1, 1, 1)
+    r_scaled = r * factor
+    grad_h = torch.bmm(r * r_scaled, grad).mul_(h)
+    grad_r = torch.bmm(h.square(), grad.mT).mul_(r)
+    if means.numel():
+        through_mean = means * grad
+        grad_h.baddbmm_(r_scaled, through_mean, alpha=-1)
+        grad_r.baddbmm_(h, through_mean.mT, alpha=-1)
+    return grad_h, grad_r.mul_(factor)
 
 
 @_head_variances.register_fake
@@ -147,15 +172,20 @@ def _head_variances_backward(
     With G = ∂L/∂v_e and P = m_e∘G (zero when not centred):
         ∂L/∂H = 2/n_e (H∘(R∘R G) − R P)        ∂L/∂R = 2/n_e (R∘(H∘H Gᵀ) − H Pᵀ)
     """
-    grad = sum_over_ranks(grad)
-    gradients = _gradients_at_once if _fit_together(sizes, features) else _gradients_by_chunks
+    grad, counts = sum_over_ranks(grad), counts.to(grad.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        return gradients(grad, features, residuals, means, sizes, counts.to(grad.dtype))
+        if not fit_together(sizes, features):
+            return _gradients(grad, features, residuals, means, sizes, counts)
+        h, r = stacked(features, residuals, len(sizes), bias=bias)
+        grad_h, grad_r = stacked_gradients(grad, h, r, means, counts)
+        grad_features = grad_h[:, :, : features.shape[1]].reshape(features.shape).contiguous()
+        return grad_features.to(features.dtype), grad_r.view_as(residuals).to(residuals.dtype)
 
 
-def _gradients_by_chunks(
+def _gradients(
     grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to features and residuals."""
     num_features = features.shape[1]
     grad_features, grad_residuals = torch.empty_like(features), torch.empty_like(residuals)
     of_chunk = _single_class_gradients if residuals.shape[1] == 1 else _chunk_gradients
@@ -175,25 +205,6 @@ def _gradients_by_chunks(
         if grad_h.dtype != grad_features.dtype:
             grad_features[chunk] = grad_h
     return grad_features, grad_residuals
-
-
-def _gradients_at_once(
-    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor
-) -> tuple[Tensor, Tensor]:
-    num_features = features.shape[1]
-    r, h = (_by_domain(values, sizes).to(grad.dtype) for values in (residuals, features))
-    factor = 2 / counts.view(-1, 1, 1)
-    r_scaled = r * factor
-    of_features, of_bias = grad[:, :, :num_features], grad[:, :, num_features:].sum(2)
-    grad_h = torch.bmm(r * r_scaled, of_features).mul_(h)
-    grad_r = torch.bmm(h.square(), of_features.mT).add_(of_bias.unsqueeze(1)).mul_(r)
-    if means.numel():
-        through_mean = means * grad
-        of_features, of_bias = through_mean[:, :, :num_features], through_mean[:, :, num_features:].sum(2)
-        grad_h.baddbmm_(r_scaled, of_features, alpha=-1)
-        grad_r.baddbmm_(h, of_features.mT, alpha=-1).sub_(of_bias.unsqueeze(1))
-    grad_r.mul_(factor)
-    return grad_h.view_as(features).to(features.dtype), grad_r.view_as(residuals).to(residuals.dtype)
 
 
 def _chunk_gradients(
@@ -263,16 +274,6 @@ def _backward(
 
 
 _head_variances.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _fit_together(sizes: list[int], features: Tensor) -> bool:
-    """Whether domains are as large as each other and together no larger than a chunk."""
-    return len(set(sizes)) == 1 and features.numel() <= CHUNK_ELEMENTS
-
-
-def _by_domain(values: Tensor, sizes: list[int]) -> Tensor:
-    """Values of samples as ``[domain, sample, ...]``, of domains of one size."""
-    return values.view(len(sizes), sizes[0], *values.shape[1:])
 
 
 def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:

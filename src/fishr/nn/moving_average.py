@@ -41,9 +41,17 @@ class MovingAverage(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         averaged: Tensor = _add_history(value, self.history, self.decay / (1 - self.decay))
+        self.update(value)
+        return averaged
+
+    def scaled_history(self) -> Tensor:
+        """γ/(1 − γ) · ema_{t−1}, what is added to a value."""
+        return self.history * (self.decay / (1 - self.decay))
+
+    def update(self, value: Tensor) -> None:
+        """Take a value into the history."""
         if self.training and torch.is_grad_enabled():
             self.history.mul_(self.decay).add_(value.detach(), alpha=1 - self.decay)
-        return averaged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         history = self.history
