@@ -1,7 +1,5 @@
 """How much a penalty weighs against the risk, by their gradients."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -54,9 +52,9 @@ class GradientBalance(nn.Module):
 
     def weight(self) -> Tensor:
         """λ, a scalar."""
-        ratio = self.risk_norm / self.penalty_norm
-        weight = self.strength * ratio.where(self.penalty_norm != 0, 0.0)
-        return weight.where(self.penalty_norm.isfinite(), math.nan)
+        ratio = (self.risk_norm / self.penalty_norm).where(self.penalty_norm != 0, 0.0)
+        zero_or_nan = self.penalty_norm - self.penalty_norm
+        return self.strength * ratio + zero_or_nan
 
     def extra_repr(self) -> str:
         return f"strength={self.strength}"
