@@ -243,3 +243,24 @@ def test_alignment_follows_both_methods(script, tmp_path, data_root, browser):
     verdict = (tmp_path / "alignment.md").read_text()
     assert "Hessian diagonals of the training domains lie" in verdict
     assert "<svg" in (tmp_path / "alignment.svg").read_text()[:100]
+
+
+def test_estimator_compares_fits_with_those_of_scikit_learn(script, tmp_path):
+    results = run(script, "estimator", tmp_path)
+    assert list(results) == ["scikit-learn", "erm", "fishr"]
+    for side in results.values():
+        assert side.keys() == {"seconds", "ratio", "training_accuracy"}
+        assert side["seconds"]["median"] > 0
+    assert results["scikit-learn"]["ratio"] == {"median": 1.0, "q1": 1.0, "q3": 1.0}
+
+
+def test_estimator_gives_all_sides_the_same_work(script):
+    estimator = script("estimator")
+    size = replace(estimator.QUICK, epochs=60)
+    arrays = estimator.draw(size)
+    fits = estimator.fits(arrays, size)
+    peer, erm, fishr = (fits[name]() for name in ("scikit-learn", "erm", "fishr"))
+    assert peer.n_iter_ == erm.n_epochs_ == fishr.n_epochs_ == 60
+    assert [weights.shape[::-1] for weights in list(erm.network_.parameters())[::2]] == [w.shape for w in peer.coefs_]
+    assert fishr.domains_.tolist() == [0, 1, 2, 3]
+    assert min(side.score(arrays.X, arrays.y) for side in (peer, erm, fishr)) > 0.8
