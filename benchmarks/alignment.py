@@ -7,7 +7,7 @@ Runs of the published protocol that keep their models at checkpoints, analysed a
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import common  # sets torch's allocator up: before torch
@@ -16,9 +16,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fishr.analysis import analyze
-from fishr.analysis.analyze import EPSILON
 from fishr.data import load_dataset
-from fishr.reports.analysis import compared_domains, inconsistency, mean_distance
+from fishr.reports.analysis import inconsistency, mean_distance
 from fishr.reports.figures import LOGARITHMIC, PALETTE, write_images
 from fishr.reports.tables import markdown_table
 from fishr.training import train
@@ -26,19 +25,21 @@ from fishr.workflows.colored import TITLES, UNSEEN, method_config
 from fishr.workflows.reproduce import PUBLISHED_LABEL_FLIP, setting
 
 METHOD = """Colored MNIST with the published hyperparameters, full batch, hidden layers in bf16-mixed; at each
-checkpoint all samples of the two training domains and of the unseen one; statistics of the head (391 weights),
-exact and in closed form. Distance: of the two training domains. Relative: over the root mean square of their norms.
-Inconsistency: between the training domains, by the whole Hessians, epsilon 0.01 nats. Correlation: over the head's
-weights, of gradient variance with Hessian diagonal, mean of the training domains. Means over seeds."""
+checkpoint all samples of the two training domains and of the unseen one; statistics of the head (391 weights) in
+closed form. Distance: of the two training domains; relative: over the root mean square of their norms; sampling:
+what samples of one domain would differ by. Inconsistency: between the training domains, by whole Hessians, epsilon
+0.01 nats. Correlation: over the head's weights, of gradient variance with Hessian diagonal, mean of the training
+domains. Ratios: geometric means over seeds."""
 
 METHODS = ("erm", "fishr")
 
+CLAIMS = {"whole_hessian": "Hessians", "hessian": "Hessian diagonals", "variance": "gradient variances"}
+
 MEASURES = {
     "unseen": "accuracy on the unseen domain",
-    "variance": "distance of gradient variances",
-    "hessian": "distance of Hessian diagonals",
-    "variance_relative": "relative distance of gradient variances",
-    "hessian_relative": "relative distance of Hessian diagonals",
+    **{name: f"distance of {title}" for name, title in CLAIMS.items()},
+    **{f"{name}_relative": f"relative distance of {title}" for name, title in CLAIMS.items()},
+    **{f"{name}_sampling": f"of {title}, by sampling alone" for name, title in CLAIMS.items()},
     "inconsistency": "inconsistency (nats)",
     "correlation": "correlation",
 }
@@ -73,27 +74,26 @@ def series(
         train(replace(config, checkpoint_every=every), dataset, folder, snapshots=True)
         folders.append(folder)
     shown = replace(dataset, domains={name: dataset.domains[name] for name in dataset.trainable_domains})
-    models = analyze(folders, shown, batch_size=1024).as_dict()["models"]
-    return {method: measures(model) for method, model in zip(METHODS, models, strict=True)}
+    analysis = analyze(folders, shown, batch_size=1024).as_dict()
+    return {method: measures(analysis, model) for method, model in zip(METHODS, analysis["models"], strict=True)}
 
 
-def measures(model: Mapping[str, Any]) -> dict[str, list[float]]:
+def measures(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, list[float]]:
     """:data:`MEASURES` at each checkpoint, and its step."""
-    names = compared_domains(model)
+    names = analysis["compared"]
     rows = []
     for checkpoint in model["checkpoints"]:
         head = checkpoint["head"]
-        exact = inconsistency(head, "exact", names, EPSILON)
-        rows.append(
-            {
-                "step": checkpoint["step"],
-                "unseen": head["domains"][UNSEEN]["accuracy"],
-                **{one: mean_distance(head, one, "distance", names) for one in ("variance", "hessian")},
-                **{f"{one}_relative": mean_distance(head, one, "relative", names) for one in ("variance", "hessian")},
-                "inconsistency": None if exact is None else exact["score"],
-                "correlation": fmean(head["domains"][name]["correlation"] for name in names),
-            }
-        )
+        row = {
+            "step": checkpoint["step"],
+            "unseen": head["domains"][UNSEEN]["accuracy"],
+            "inconsistency": inconsistency(head, "exact", names)["score"],
+            "correlation": fmean(head["domains"][name]["correlation"] for name in names),
+        }
+        for name in CLAIMS:
+            for kind, suffix in (("distance", ""), ("relative", "_relative"), ("sampling", "_sampling")):
+                row[name + suffix] = mean_distance(head, name, kind, names)
+        rows.append(row)
     return {name: [row[name] for row in rows] for name in ("step", *MEASURES)}
 
 
@@ -114,23 +114,35 @@ def summary(found: Mapping[str, Any], switch_on: int) -> str:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """What the numbers say of the claim, in words."""
+    """What the last checkpoint says of the claim, in words."""
     lines = []
-    for name, what in (("hessian", "Hessian diagonals"), ("variance", "gradient variances")):
-        for suffix, how in (("", ""), ("_relative", ", relative to their size")):
-            ratios = [one["fishr"][name + suffix][-1] / one["erm"][name + suffix][-1] for one in found.values()]
-            closer = sum(ratio < 1 for ratio in ratios)
-            lines.append(
-                f"- At the last step the {what} of the training domains lie {fmean(ratios):.3g} times as far apart "
-                f"under Fishr as under ERM{how}; closer in {closer} of {len(ratios)} seeds "
-                f"({', '.join(f'{ratio:.2g}' for ratio in ratios)})."
-            )
+    for name, title in CLAIMS.items():
+        ratios = {
+            how: [one["fishr"][key][-1] / one["erm"][key][-1] for one in found.values()]
+            for how, key in (("absolute", name), ("relative", f"{name}_relative"))
+        }
+        closer = {how: sum(ratio < 1 for ratio in values) for how, values in ratios.items()}
+        seeds = len(found)
+        if closer["absolute"] == closer["relative"] == seeds:
+            said = "Fishr aligns them, in size and relative to it"
+        elif closer["absolute"] == seeds:
+            said = "Fishr brings them closer in size, but not, in every seed, relative to it"
+        elif closer["absolute"] == closer["relative"] == 0:
+            said = "Fishr does not align them"
+        else:
+            said = "undecided"
+        lines.append(
+            f"- {title[0].upper()}{title[1:]} of the training domains: **{said}**. At the last step they lie "
+            f"{geometric_mean(ratios['absolute']):.2g} times as far apart as under ERM (closer in {closer['absolute']} "
+            f"of {seeds} seeds), relative to their size {geometric_mean(ratios['relative']):.2g} times "
+            f"({closer['relative']} of {seeds})."
+        )
     return "\n".join(lines)
 
 
 def figure(found: Mapping[str, Any], switch_on: int) -> go.Figure:
     """A line for each seed and method."""
-    panels: Sequence[str] = ("unseen", "inconsistency", "variance", "hessian", "variance_relative", "hessian_relative")
+    panels = ("unseen", "inconsistency", "variance", "whole_hessian", "variance_relative", "whole_hessian_relative")
     drawn = make_subplots(3, 2, subplot_titles=[MEASURES[name] for name in panels], vertical_spacing=0.09)
     for color, method in zip(PALETTE, METHODS, strict=False):
         for seed, one in found.items():

@@ -241,7 +241,7 @@ def test_alignment_follows_both_methods(script, tmp_path, data_root, browser):
             assert series["step"] == [10, 20]
             assert all(len(values) == 2 and all(np.isfinite(values)) for values in series.values())
     verdict = (tmp_path / "alignment.md").read_text()
-    assert "Hessian diagonals of the training domains lie" in verdict
+    assert verdict.count("of the training domains: **") == 3
     assert "<svg" in (tmp_path / "alignment.svg").read_text()[:100]
 
 
@@ -264,3 +264,21 @@ def test_estimator_gives_all_sides_the_same_work(script):
     assert [weights.shape[::-1] for weights in list(erm.network_.parameters())[::2]] == [w.shape for w in peer.coefs_]
     assert fishr.domains_.tolist() == [0, 1, 2, 3]
     assert min(side.score(arrays.X, arrays.y) for side in (peer, erm, fishr)) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("absolute", "relative", "said"),
+    [
+        ([0.5, 0.5], [0.9, 0.9], "Fishr aligns them, in size and relative to it"),
+        ([0.5, 0.5], [0.9, 1.1], "Fishr brings them closer in size, but not, in every seed, relative to it"),
+        ([2.0, 2.0], [1.1, 1.1], "Fishr does not align them"),
+        ([0.5, 2.0], [1.1, 1.1], "undecided"),
+    ],
+)
+def test_alignment_says_in_words_whether_the_claim_holds(script, absolute, relative, said):
+    alignment = script("alignment")
+    found = {}
+    for seed, (one, other) in enumerate(zip(absolute, relative, strict=True)):
+        ratios = {name: [one] for name in alignment.CLAIMS} | {f"{name}_relative": [other] for name in alignment.CLAIMS}
+        found[str(seed)] = {"fishr": ratios, "erm": {name: [1.0] for name in ratios}}
+    assert alignment.verdict(found).count(f"**{said}**") == 3

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -42,6 +41,8 @@ def test_the_head_as_a_layer_is_the_head():
     statistics = layer_statistics(model, names, samples, estimator(), chunk=4)
     assert relative_error(statistics.gradient, expected.gradient) < 1e-12
     assert relative_error(statistics.fisher, expected.fisher) < 1e-12
+    assert statistics.spreads == pytest.approx({name: expected.spreads[name] for name in statistics.spreads})
+    assert list(statistics.spreads) == ["gradient", "variance", "fisher"]
     assert statistics.risk == pytest.approx(expected.risk)
     assert (statistics.accuracy, statistics.samples) == (pytest.approx(expected.accuracy), 11)
 
@@ -58,19 +59,14 @@ def test_the_estimate_of_given_signs():
     assert relative_error(statistics.hessian, torch.stack(estimates).mean(0)) < 1e-12
 
 
-def test_all_signs_give_the_diagonal(monkeypatch):
-    model = small_model(2, binary=True, width=2, depth=1)  # 2 weights and a bias in the head
+def test_many_signs_come_near_the_diagonal_as_far_as_said():
+    model = small_model(2, binary=True)
     samples = small_samples(model, 9)
-    names = ["classifier.weight", "classifier.bias"]
-    signs = [
-        torch.tensor(bits[slice_]).reshape(shape)
-        for bits in product((0, 1), repeat=3)
-        for slice_, shape in ((slice(2), (1, 2)), (slice(2, 3), (1,)))
-    ]
-    draws = iter(signs)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: next(draws))
-    statistics = layer_statistics(model, names, samples, estimator(draws=8), chunk=9)
-    assert relative_error(statistics.hessian, hessian(model, names, samples).diagonal()) < 1e-12
+    expected = hessian(model, NAMES, samples).diagonal()
+    few, many = (layer_statistics(model, NAMES, samples, estimator(draws=draws), chunk=9) for draws in (20, 2000))
+    for found in (few, many):
+        assert 0.5 < (found.hessian - expected).norm() / found.hessian.norm() / found.hessian_error < 2
+    assert many.hessian_error < 0.2 * few.hessian_error
 
 
 @pytest.mark.parametrize(
@@ -89,16 +85,19 @@ def test_backbones_of_timm(architecture, layer):
     model = SavedModel(*build_model(card.model, card.input_shape, 3), card).double().eval().requires_grad_(False)
     samples = Samples(torch.rand(5, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0]))
     names = parameters_of(model, layer)
-    statistics = layer_statistics(model, names, samples, estimator(draws=1), chunk=3)
+    statistics = layer_statistics(model, names, samples, estimator(draws=2), chunk=3)
     gradients = sample_gradients(model, names, samples)
     assert relative_error(statistics.variance, gradients.var(0, unbiased=False)) < 1e-10
     risk, point = risk_of(model, names, samples)
     generator = torch.Generator().manual_seed(0)
     shapes = [model.get_parameter(name).shape for name in names]
-    signs = torch.cat([torch.randint(2, shape, generator=generator).flatten() for shape in shapes]).double() * 2 - 1
-    with sdpa_kernel(SDPBackend.MATH):
-        _, product = torch.autograd.functional.hvp(risk, point, signs)
-    assert relative_error(statistics.hessian, signs * product) < 1e-10
+    estimates = []
+    for _ in range(2):
+        signs = torch.cat([torch.randint(2, shape, generator=generator).flatten() for shape in shapes]).double() * 2 - 1
+        with sdpa_kernel(SDPBackend.MATH):
+            _, product = torch.autograd.functional.hvp(risk, point, signs)
+        estimates.append(signs * product)
+    assert relative_error(statistics.hessian, torch.stack(estimates).mean(0)) < 1e-10
     assert model.featurizer.channels_last
 
 
@@ -130,24 +129,28 @@ def test_a_bound_that_is_too_tight():
     inputs = small_samples(model, 1).inputs
     with pytest.raises(
         ConfigError,
-        match=r"^40,200 weights in 3 domains need at least 7 MiB, and the bound is 1 MiB: choose fewer layers or "
-        r"domains, or raise the bound$",
+        match=r"^40,200 weights need at least 7 MiB in all their domains, and the bound is 1 MiB: choose fewer "
+        r"layers or domains, or raise the bound$",
     ):
-        estimator(memory=1).chunk(model, parameters_of(model, "featurizer.3"), inputs, 3)
+        estimator(memory=1).chunk(model, parameters_of(model, "featurizer.3"), inputs, 3 * 40_200)
 
 
 def test_more_memory_larger_chunks():
     model = small_model(width=200)
     inputs = small_samples(model, 1).inputs
-    chunks = [estimator(memory=memory).chunk(model, NAMES, inputs, 3) for memory in (20, 100, 1000)]
+    chunks = [estimator(memory=memory).chunk(model, NAMES, inputs, 40_200) for memory in (20, 100, 1000)]
     assert chunks == sorted(chunks)
     assert 5 <= chunks[0] <= 40
 
 
-@pytest.mark.parametrize(("memory", "draws"), [(0, 1), (1, 0)])
-def test_settings_out_of_range(memory, draws):
-    with pytest.raises(ConfigError, match=rf"at least 1 MiB and draws at least 1, got {memory} and {draws}$"):
-        LayerEstimator(memory, draws, 0)
+def test_what_the_network_computes_before_the_layer_counts():
+    """The last layer has few weights and keeps nothing of the first ones, whose outputs are large all the same."""
+    config = backbone_config("test_resnet", weights=None, mean=0.5, std=0.5)
+    card = ModelCard(config, (3, 96, 96), CLASSES[:2], False)
+    model = SavedModel(*build_model(card.model, card.input_shape, 2), card).eval().requires_grad_(False)
+    chunk = estimator(memory=64).chunk(model, ["classifier.bias"], torch.rand(1, 3, 96, 96), 2)
+    largest = 4 * 32 * 48 * 48
+    assert chunk <= 64 * 2**20 / largest
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -168,7 +171,7 @@ def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 layer_statistics(model, names, samples.subset(torch.arange(2)), estimator, chunk=1)
 before = peak()
-chunk = estimator.chunk(model, names, samples.inputs[:1], 1)
+chunk = estimator.chunk(model, names, samples.inputs[:1], 90_300)
 layer_statistics(model, names, samples, estimator, chunk)
 print(peak() - before)
 """

@@ -8,18 +8,25 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from fishr.analysis import analyze
+from fishr.data import MultiDomainDataset, Samples
 from fishr.errors import ConfigError
+from fishr.models import save_model
 from fishr.reports.analysis import (
     barrier,
-    compared_domains,
+    checkpoint_columns,
+    checkpoint_rows,
     comparison_sentences,
     domain_rows,
     inconsistency,
+    inconsistency_kind,
     mean_distance,
+    pair_columns,
     pair_rows,
     sentences,
 )
 from fishr.reports.figures import figures_of, write_images, write_page
+from small_models import CLASSES, small_model, small_samples
 
 NAMES = ("north", "south", "<b>west</b>")
 ROLES = {"north": "trained on", "south": "trained on", "<b>west</b>": "held out"}
@@ -46,19 +53,17 @@ def head(scale: float = 1.0) -> dict:
             name: {
                 "samples": 1000 + index,
                 "risk": 0.25 * (index + 1),
-                "accuracy": 0.9,
+                "accuracy": 0.9 - 0.1 * index,
                 "norms": dict.fromkeys(QUANTITIES, 0.5),
                 "correlation": None if index == 2 else 0.98765,
+                "hessian_error": 0.0,
             }
             for index, name in enumerate(NAMES)
         },
-        "distances": dict.fromkeys(QUANTITIES, between),
+        "distances": dict.fromkeys(QUANTITIES, between) | {"hessian": {**between, "sampling": None}},
         "outlier": "Nobody stands out.",
         "inconsistency": {
-            "diagonal": {
-                "gaps": [[0, 0.25, 0.5], [-0.25, 0, 0.25], [-0.5, -0.25, 0]],
-                "ratios": [[1, 2, 9], [6, 1, 9], [1, 1, 1]],
-            },
+            "diagonal": {"ratios": matrix(1, 2, 3), "scores": [[0.1, 0.45, 1.4], [0.35, 0.1, 1.15], [-0.4, 0.2, 0.1]]},
             "exact": None,
         },
     }
@@ -86,6 +91,8 @@ def analysis() -> dict:
         "format": 1,
         "data": "toys",
         "epsilon": EPSILON,
+        "damping": 1e-3,
+        "compared": ["north", "south"],
         "models": [model("runs/erm"), model("runs/fishr", 0.5)],
         "line": {"positions": positions, "risks": risks},
     }
@@ -93,12 +100,13 @@ def analysis() -> dict:
 
 @pytest.fixture
 def weights() -> pa.Table:
-    """Three weights for each model and domain, one of them deeper than the head."""
+    """Weights for each model and domain, one of them deeper than the head."""
     rows = [
         {
             "model": name,
-            "parameter": parameter,
-            "index": 0,
+            "layer": layer,
+            "parameter": "weight",
+            "index": place,
             "domain": domain,
             "gradient": 0.1,
             "variance": 0.1 * place,
@@ -107,40 +115,52 @@ def weights() -> pa.Table:
         }
         for name in ("runs/erm", "runs/fishr")
         for domain in NAMES
-        for place, parameter in enumerate(("classifier.bias", "classifier.weight", "classifier.weight", "featurizer.1"))
+        for place, layer in enumerate(("classifier", "classifier", "classifier", "featurizer.1"))
     ]
     return pa.Table.from_pylist(rows)
 
 
 def test_rows_of_domains():
     assert domain_rows(head(), ROLES)[1:] == [
-        ("south", "trained on", "1,001", "0.500", "90.0", "0.5", "0.988"),
-        ("<b>west</b>", "held out", "1,002", "0.750", "90.0", "0.5", ""),
+        ("south", "trained on", "1,001", "0.500", "80.0", "0.5", "0.988"),
+        ("<b>west</b>", "held out", "1,002", "0.750", "70.0", "0.5", ""),
     ]
 
 
 def test_rows_of_pairs():
+    assert pair_columns(head()) == ["domains", "gradient", "gradient variance", "Fisher diagonal", "Hessian diagonal"]
     rows = pair_rows(head())
     assert [row[0] for row in rows] == ["north – south", "north – <b>west</b>", "south – <b>west</b>"]  # noqa: RUF001
     assert [row[1] for row in rows] == ["0.20 (0.10)", "0.60 (0.06)", "0.80 (0.08)"]
+    assert [row[4] for row in rows] == ["0.20", "0.60", "0.80"]  # what sampling gives is not known
 
 
-def test_domains_that_training_could_align():
-    content = model("x")
-    assert compared_domains(content) == ["north", "south"]
-    assert compared_domains({**content, "roles": {}}) == list(NAMES)
-    assert compared_domains({**content, "roles": {"north": "trained on"}}) == list(NAMES)
+def test_rows_of_checkpoints(analysis):
+    assert checkpoint_columns(analysis)[:2] == ["step", "accuracy, <b>west</b>"]
+    assert checkpoint_rows(analysis, analysis["models"][1]) == [
+        ("10", "70.0", "0.5", "0.5", "0.450"),
+        ("20", "70.0", "0.5", "0.5", "0.450"),
+    ]
+
+
+def test_many_checkpoints_are_told_in_few_rows(analysis):
+    checkpoints = [{"step": step, "head": head()} for step in range(100)]
+    rows = checkpoint_rows(analysis, {**analysis["models"][0], "checkpoints": checkpoints})
+    assert len(rows) == 10
+    assert (rows[0][0], rows[-1][0]) == ("0", "99")
 
 
 def test_the_largest_inconsistency():
-    """Of all: from north, 0.5 + 0.1 · 9. Among north and south: 0.25 + 0.1 · 2 against −0.25 + 0.1 · 6."""
-    found = inconsistency(head(), "diagonal", NAMES, EPSILON)
-    assert found == {"score": pytest.approx(1.4), "from": "north", "to": "<b>west</b>"}
-    found = inconsistency(head(), "diagonal", NAMES[:2], EPSILON)
-    assert found == {"score": pytest.approx(0.45), "from": "north", "to": "south"}
-    found = inconsistency(head(), "diagonal", NAMES[:2], epsilon=0.2)
-    assert found == {"score": pytest.approx(0.95), "from": "south", "to": "north"}
-    assert inconsistency(head(), "exact", NAMES, EPSILON) is None
+    found = {"score": 1.4, "from": "north", "to": "<b>west</b>"}
+    assert inconsistency(head(), "diagonal", NAMES) == found
+    assert inconsistency(head(), "diagonal", NAMES[:2]) == {"score": 0.45, "from": "north", "to": "south"}
+
+
+def test_exact_scores_are_told_where_all_models_have_them(analysis):
+    assert inconsistency_kind(analysis) == "diagonal"
+    for model in analysis["models"]:
+        model["head"]["inconsistency"]["exact"] = model["head"]["inconsistency"]["diagonal"]
+    assert inconsistency_kind(analysis) == "exact"
 
 
 def test_mean_distance():
@@ -148,19 +168,28 @@ def test_mean_distance():
     assert mean_distance(head(), "variance", "distance", NAMES[:2]) == 1
 
 
-def test_sentences():
-    assert sentences(model("x"), EPSILON) == [
+def test_sentences(analysis):
+    assert sentences(analysis, analysis["models"][0]) == [
         "Nobody stands out.",
-        "Inconsistency (diagonals of the Hessians, epsilon 0.1): 0.450 nats, by how much the loss of 'south' can lie "
-        "above that of 'north' where the latter is content.",
+        "Inconsistency among north, south by diagonals of the Hessians: 0.450 nats. So far can the loss of 'south' lie "
+        "above that of 'north' within a step that raises the latter by at most 0.1.",
     ]
 
 
 def test_comparison(analysis):
     assert comparison_sentences(analysis)[1] == (
-        "Hessian diagonal: runs/fishr has 0.50 times the distance between domains of runs/erm, relative to its size "
-        "1.00 times (over north, south)."
+        "Hessian diagonals of north, south lie 0.50 times as far apart in runs/fishr as in runs/erm, relative to their "
+        "size 1.00 times."
     )
+
+
+def test_nothing_is_compared_with_no_distance(analysis):
+    analysis["models"][0]["head"]["distances"]["variance"] = {
+        "distance": matrix(0, 0, 0),
+        "sampling": matrix(0, 0, 0),
+        "relative": matrix(0, 0, 0),
+    }
+    assert len(comparison_sentences(analysis)) == 1
 
 
 def test_rise_between_the_models(analysis):
@@ -170,11 +199,11 @@ def test_rise_between_the_models(analysis):
 def test_figures_have_what_they_are_to_show(analysis, weights):
     figures = figures_of(analysis, weights)
     assert list(figures) == ["distances", "curvature", "checkpoints", "line", "plane"]
-    assert [len(figure.data) for figure in figures.values()] == [4, 6, 2 * (3 + 3), 3, 6]
+    assert [len(figure.data) for figure in figures.values()] == [4, 6, 2 * 5, 3, 6]
     assert np.array(figures["distances"].data[0].z)[0, 2] == 0.6
     points = figures["curvature"].data[0]
     assert (list(points.x), list(points.y)) == ([0.2, 0.4], [0.1, 0.2])  # neither what is zero nor deeper layers
-    assert list(figures["checkpoints"].data[3].y) == pytest.approx([0.45, 0.45])
+    assert [list(figures["checkpoints"].data[index].y) for index in (1, 2)] == [[0.7, 0.7], [0.45, 0.45]]
     assert list(figures["line"].data[1].y) == [9, 1, 1, 3, 9]
 
 
@@ -214,17 +243,50 @@ def test_images(analysis, weights, tmp_path, browser):
     assert "<svg" in (tmp_path / "line.svg").read_text(encoding="utf-8")[:100]
 
 
-def test_images_without_a_browser(analysis, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("\n\nKaleido requires Google Chrome to be installed.\n\nEither"),
+            "Kaleido requires .* installed.",
+        ),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_images_without_a_browser(analysis, weights, tmp_path, monkeypatch, error, reason):
+    def fail(*_):
+        raise error
+
     figures = {"line": figures_of(analysis, weights)["line"]}
-    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", missing_chrome)
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", fail)
     with pytest.raises(
         ConfigError,
-        match=r"^png files cannot be drawn \(Kaleido requires Google Chrome to be installed\.\): they need pip install "
-        r"'fishr\[figures\]', and Chrome or Chromium$",
+        match=rf"^line\.png cannot be drawn \({reason}\): it needs pip install 'fishr\[figures\]', and Chrome or Chrom",
     ):
         write_images(tmp_path, figures, ["png"])
     assert list(Path(tmp_path).iterdir()) == []
 
 
-def missing_chrome(*_):
-    raise RuntimeError("\n\nKaleido requires Google Chrome to be installed.\n\nEither download ...")
+def test_risks_that_are_not_finite(analysis, weights):
+    analysis["models"][0]["plane"]["risks"]["north"][0][0] = None
+    analysis["line"]["risks"]["north"][0] = None
+    figures = figures_of(analysis, weights)
+    assert np.isnan(figures["plane"].data[0].z[0][0])
+    assert figures["plane"].data[0].contours.start == pytest.approx(np.log10(0.5))
+    assert barrier(analysis["line"])["north"] == 2.5
+
+
+def test_what_an_analysis_gives_can_be_told_and_drawn(tmp_path):
+    """The hand-made content above has the form of the real one."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, small_model().float())
+    samples = {name: small_samples(small_model(), 9, seed) for seed, name in enumerate(NAMES)}
+    domains = {name: Samples(inputs.float(), targets) for name, (inputs, targets) in samples.items()}
+    found = analyze([folder], MultiDomainDataset("toys", "vectors", domains, CLASSES[:3]), device="cpu", plane=True)
+    content, made = found.as_dict(), model("x")
+    assert content["models"][0].keys() == made.keys()
+    assert content["models"][0]["head"].keys() == made["head"].keys()
+    assert content["models"][0]["head"]["domains"]["north"].keys() == made["head"]["domains"]["north"].keys()
+    assert list(figures_of(content, found.weights())) == ["distances", "curvature", "plane"]
+    assert len(sentences(content, content["models"][0])) == 3

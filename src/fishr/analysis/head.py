@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fishr.analysis.statistics import Statistics
+from fishr.analysis.statistics import Quantity, Statistics, spread, variance_spread
 from fishr.data.base import Samples, network_input
+from fishr.errors import DataError
 from fishr.functional.hessian import head_gradients, hessian_diagonals, hessians
 from fishr.functional.residuals import loss_residuals, per_sample_losses
 from fishr.models.batch_context import evaluation_order
@@ -31,39 +32,66 @@ def correct(logits: Tensor, targets: Tensor) -> Tensor:
 def head_statistics(model: SavedModel, samples: Samples, batch_size: int) -> Statistics:
     """Statistics of the head's weight and bias over samples of one domain.
 
-    The per-sample gradient is r_i ⊗ h_i (:mod:`fishr.functional.variance`), the Hessian that of
-    :mod:`fishr.functional.hessian`. The network runs in its own precision, the sums are float64. Memory is that of a
-    batch, and of the statistics.
+    The per-sample gradient is r_i ⊗ h_i (:mod:`fishr.functional.variance`), so that its powers are those of r_i and
+    h_i, and the Hessian that of :mod:`fishr.functional.hessian`. The network runs in its own precision, the sums are
+    float64. Memory is that of a batch, and of the statistics.
 
     Args:
         model: The model, in ``eval()`` mode.
-        samples: Samples of one domain, with the model's classes as targets.
+        samples: At least 2 samples of one domain, with the model's classes as targets.
         batch_size: Samples that go through the network together.
+
+    Raises:
+        DataError: the loss is not finite.
     """
     loss, head = loss_of(model), model.classifier
     forms_whole = sum(weights.numel() for weights in head.parameters()) <= LARGEST_WHOLE
-    num_samples, risk, accuracy = len(samples.targets), 0.0, 0.0
-    sums: dict[str, Tensor] = {}
+    n = len(samples.targets)
+    means: dict[str, Tensor] = {}
     for features, targets in _features(model, samples, batch_size):
-        share, sizes = len(targets) / num_samples, (len(targets),)
         logits, features = head(features).cpu().double(), features.cpu().double()
-        residuals = loss_residuals(loss, logits, targets)
-        risk += share * per_sample_losses(loss, logits, targets).mean().item()
-        accuracy += share * correct(logits, targets).double().mean().item()
-        # The second moment of r ⊗ h is the mean of r² ⊗ h², which is what the first function takes the mean of.
-        means = {
-            "gradient": head_gradients(features, residuals, sizes)[0],
-            "fisher": head_gradients(features.square(), residuals.square(), sizes)[0],
+        r, sizes = loss_residuals(loss, logits, targets), (len(targets),)
+        h = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        p = torch.sigmoid(logits) if model.card.binary else torch.softmax(logits, dim=1)
+        curvature = p.square().sum(1) - 2 * p.pow(3).sum(1) + p.square().sum(1).square()  # ‖A_i‖²
+        if model.card.binary:
+            curvature = (p * (1 - p)).square().sum(1)
+        of_batch = {
+            "risk": per_sample_losses(loss, logits, targets).mean(),
+            "accuracy": correct(logits, targets).double().mean(),
+            "gradient": head_gradients(features, r, sizes)[0],
+            "fisher": head_gradients(features.square(), r.square(), sizes)[0],
+            "third": head_gradients(features.pow(3), r.pow(3), sizes)[0],
+            "fourth": (r.pow(4).sum(1) * h.pow(4).sum(1)).mean(),
+            "square": (r.square().sum(1) * h.square().sum(1)).mean(),
             "hessian": hessian_diagonals(features, logits, sizes)[0],
+            "hessian_square": ((p * (1 - p)).square().sum(1) * h.pow(4).sum(1)).mean(),
+            "whole_square": (curvature * h.square().sum(1).square()).mean(),
         }
         if forms_whole:
-            means["whole_hessian"] = hessians(features, logits, sizes)[0]
-        for name, mean in means.items():
-            sums[name] = share * mean + sums.get(name, 0)
-    order = _parameter_order(*sums["hessian"].shape)
-    diagonals = {name: sums[name].flatten()[order] for name in ("gradient", "fisher", "hessian")}
-    whole = sums["whole_hessian"].reshape(len(order), -1)[order][:, order] if forms_whole else None
-    return Statistics(num_samples, risk, accuracy, **diagonals, whole_hessian=whole)
+            of_batch["whole_hessian"] = hessians(features, logits, sizes)[0]
+        for name, value in of_batch.items():
+            means[name] = len(targets) / n * value + means.get(name, 0)
+    if not means["risk"].isfinite():
+        raise DataError(
+            "the model's loss is not finite: its weights, or the inputs, have values that it cannot compute with"
+        )
+    order = _parameter_order(*means["hessian"].shape)
+    gradient, fisher, third, hessian = (
+        means[name].flatten()[order] for name in ("gradient", "fisher", "third", "hessian")
+    )
+    spreads: dict[Quantity, float] = {
+        "gradient": spread(means["square"].item(), gradient, n),
+        "variance": variance_spread(means["fourth"].item(), third, fisher, gradient, n),
+        "fisher": spread(means["fourth"].item(), fisher, n),
+        "hessian": spread(means["hessian_square"].item(), hessian, n),
+    }
+    whole = None
+    if forms_whole:
+        whole = means["whole_hessian"].reshape(len(order), -1)[order][:, order]
+        spreads["whole_hessian"] = spread(means["whole_square"].item(), whole, n)
+    risk, accuracy = means["risk"].item(), means["accuracy"].item()
+    return Statistics(n, risk, accuracy, gradient, fisher, hessian, spreads, whole)
 
 
 def _features(model: SavedModel, samples: Samples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

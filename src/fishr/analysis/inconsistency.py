@@ -8,7 +8,9 @@ and the score the largest over pairs (Rame et al., ICML 2022, section 4, arXiv 2
 
 The inner maximum is ε times the largest generalised eigenvalue of (H_B, H_A), and with diagonal Hessians
 ε · max_i h_B,i / h_A,i. It is infinite where H_A is flat in a direction in which H_B is not, as softmax's shift and
-features that are zero make it. So H_A is damped: its region ends in such directions too, at ½ δ ‖θ‖² ≤ ε.
+features that are zero make it. So H_A is damped: δ, a share of the mean of its diagonal, is added to the latter, and
+the region ends in such directions too. The ratio depends on that share where flat directions differ: compare scores of
+the same share only.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DAMPING = 1e-3
-"""δ over the mean of the Hessians' diagonals, over domains and weights."""
+"""δ over the mean of H_A's diagonal."""
 
 TINY = 1e-300
 """δ of networks so certain that their Hessians vanish."""
@@ -33,7 +35,7 @@ class Inconsistency:
 
     Attributes:
         gaps: R_B − R_A.
-        ratios: The largest generalised eigenvalue, or ratio of the diagonals.
+        ratios: The largest generalised eigenvalue, or ratio of the diagonals; 1 of a domain with itself.
         epsilon: ε, in nats.
     """
 
@@ -48,41 +50,45 @@ class Inconsistency:
         return scores
 
 
-def diagonal_inconsistency(risks: Sequence[float], diagonals: Sequence[Tensor], epsilon: float) -> Inconsistency:
+def diagonal_inconsistency(
+    risks: Sequence[float], diagonals: Sequence[Tensor], epsilon: float, damping: float = DAMPING
+) -> Inconsistency:
     """By the Hessians' diagonals alone.
 
     Args:
         risks: R_e of each domain.
-        diagonals: Diagonal of H_e of each domain, ``[weight]``.
+        diagonals: Diagonal of H_e of each domain, ``[weight]``, at least 0.
         epsilon: ε, in nats.
+        damping: δ over the mean of H_A's diagonal.
     """
-    stacked = torch.stack(list(diagonals))
-    damped = stacked + max(DAMPING * stacked.mean().item(), TINY)
-    ratios = [[(second / first).max().item() for second in stacked] for first in damped]
-    return Inconsistency(_gaps(risks), np.array(ratios), epsilon)
+    damped = [diagonal + max(damping * diagonal.mean().item(), TINY) for diagonal in diagonals]
+    ratios = np.array([[(second / first).max().item() for second in diagonals] for first in damped])
+    np.fill_diagonal(ratios, 1)
+    return Inconsistency(_gaps(risks), ratios, epsilon)
 
 
-def exact_inconsistency(risks: Sequence[float], hessians: Sequence[Tensor], epsilon: float) -> Inconsistency:
+def exact_inconsistency(
+    risks: Sequence[float], hessians: Sequence[Tensor], epsilon: float, damping: float = DAMPING
+) -> Inconsistency:
     """By the whole Hessians.
 
     Args:
         risks: R_e of each domain.
         hessians: H_e of each domain, ``[weight, weight]``, positive semidefinite.
         epsilon: ε, in nats.
+        damping: δ over the mean of H_A's diagonal.
     """
-    size = len(hessians[0])
-    matrices = [hessian.numpy() for hessian in hessians]
-    damping = max(DAMPING * np.mean([np.trace(matrix) / size for matrix in matrices]), TINY)
-    ratios = [
-        [
-            scipy.linalg.eigh(
-                second, first + damping * np.eye(size), eigvals_only=True, subset_by_index=[size - 1, size - 1]
-            )[0]
-            for second in matrices
-        ]
-        for first in matrices
-    ]
-    return Inconsistency(_gaps(risks), np.array(ratios), epsilon)
+    ratios = np.ones((len(hessians), len(hessians)))
+    for index, first in enumerate(hessians):
+        delta = max(damping * first.diagonal().mean().item(), TINY)
+        damped = first + delta * torch.eye(len(first), dtype=first.dtype)
+        for other, second in enumerate(hessians):
+            if other != index:
+                last = len(first) - 1
+                ratios[index, other] = scipy.linalg.eigh(
+                    second.numpy(), damped.numpy(), eigvals_only=True, subset_by_index=[last, last]
+                )[0]
+    return Inconsistency(_gaps(risks), ratios, epsilon)
 
 
 def _gaps(risks: Sequence[float]) -> NDArray[np.float64]:

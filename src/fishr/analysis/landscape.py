@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch.func import functional_call
 
 from fishr.analysis.head import loss_of
 from fishr.data.base import Samples
-from fishr.errors import DataError
 from fishr.functional.residuals import per_sample_losses
 from fishr.models.saved import SavedModel
 
@@ -45,28 +45,49 @@ class Plane:
     risks: Mapping[str, NDArray[np.float64]]
 
 
-def line_between(first: SavedModel, second: SavedModel, domains: Mapping[str, Samples]) -> Line:
+def are_comparable(first: SavedModel, second: SavedModel) -> bool:
+    """Whether a line between the weights of two networks means something: equal architecture, and classes in order."""
+    one, other = first.card, second.card
+    return (one.model.featurizer, dict(one.model.options), one.input_shape, one.classes, one.binary) == (
+        other.model.featurizer,
+        dict(other.model.options),
+        other.input_shape,
+        other.classes,
+        other.binary,
+    )
+
+
+def line_between(first: SavedModel, second: SavedModel, domains: Mapping[str, Samples], batch_size: int) -> Line:
     """Risks along the line from one network to another, at the positions :data:`LINE`.
 
-    All weights and running statistics are interpolated.
+    Weights are interpolated, and extrapolated beyond the networks; running statistics are interpolated only, since a
+    variance must not become negative.
 
-    Raises:
-        DataError: networks of different architectures.
+    Args:
+        first: The network at 0.
+        second: One of the same architecture (:func:`are_comparable`), at 1.
+        domains: The samples of each domain.
+        batch_size: Samples that go through the network together.
     """
-    start, end = first.state_dict(), second.state_dict()
-    if (first.card.model.featurizer, dict(first.card.model.options)) != (
-        second.card.model.featurizer,
-        dict(second.card.model.options),
-    ) or {name: value.shape for name, value in start.items()} != {name: value.shape for name, value in end.items()}:
-        raise DataError(
-            "the two models have different architectures, and no line runs between their weights: compare models with "
-            "the same network"
-        )
-    risks = [_risks(first, _moved(start, t, {name: end[name] - start[name] for name in start}), domains) for t in LINE]
+    start = first.state_dict()
+    difference = {name: end - start[name] for name, end in second.state_dict().items()}
+    statistics = dict(first.named_buffers())
+    risks = []
+    for position in LINE:
+        within = min(1.0, max(0.0, position))
+        moved = {
+            name: value + (within if name in statistics else position) * difference[name]
+            if value.is_floating_point()
+            else value
+            for name, value in start.items()
+        }
+        risks.append(_risks(first, moved, domains, batch_size))
     return Line(LINE, {name: np.array([risk[name] for risk in risks]) for name in domains})
 
 
-def plane_around(model: SavedModel, domains: Mapping[str, Samples], seed: int) -> Plane:
+def plane_around(
+    model: SavedModel, domains: Mapping[str, Samples], generator: torch.Generator, batch_size: int
+) -> Plane:
     """Risks in a random plane through the weights, at the positions :data:`PLANE` in both directions.
 
     The directions are normal random numbers, scaled filter by filter to the norm of the weights (Li and others,
@@ -76,17 +97,17 @@ def plane_around(model: SavedModel, domains: Mapping[str, Samples], seed: int) -
     Args:
         model: The network.
         domains: The samples of each domain.
-        seed: Seed of the directions.
+        generator: Source of the directions.
+        batch_size: Samples that go through the network together.
     """
     weights = model.state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    directions = [_filter_normalised(model, generator) for _ in range(2)]
-    risks: dict[str, list[list[float]]] = {name: [] for name in domains}
-    for x in PLANE:
-        row = [_risks(model, _moved(_moved(weights, x, directions[0]), y, directions[1]), domains) for y in PLANE]
-        for name in domains:
-            risks[name].append([risk[name] for risk in row])
-    return Plane(PLANE, {name: np.array(values) for name, values in risks.items()})
+    first, second = (_filter_normalised(model, generator) for _ in range(2))
+    risks = {name: np.empty((len(PLANE), len(PLANE))) for name in domains}
+    for (row, x), (column, y) in product(enumerate(PLANE), repeat=2):
+        moved = weights | {name: weights[name] + x * first[name] + y * second[name] for name in first}
+        for name, risk in _risks(model, moved, domains, batch_size).items():
+            risks[name][row, column] = risk
+    return Plane(PLANE, risks)
 
 
 def _filter_normalised(model: SavedModel, generator: torch.Generator) -> dict[str, Tensor]:
@@ -100,18 +121,15 @@ def _filter_normalised(model: SavedModel, generator: torch.Generator) -> dict[st
     return directions
 
 
-def _moved(weights: Mapping[str, Tensor], distance: float, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights and running statistics after a step; whole numbers, such as counts of batches, stay."""
-    return {
-        name: value + distance * direction[name] if name in direction and value.is_floating_point() else value
-        for name, value in weights.items()
-    }
-
-
 @torch.no_grad()
-def _risks(model: SavedModel, weights: Mapping[str, Tensor], domains: Mapping[str, Samples]) -> dict[str, float]:
+def _risks(
+    model: SavedModel, weights: Mapping[str, Tensor], domains: Mapping[str, Samples], batch_size: int
+) -> dict[str, float]:
     loss, risks = loss_of(model), {}
-    for name, samples in domains.items():
-        logits = functional_call(model, dict(weights), (samples.inputs[:],))
-        risks[name] = per_sample_losses(loss, logits.float(), samples.targets.to(logits.device)).mean().item()
+    for name, (inputs, targets) in domains.items():
+        risk = 0.0
+        for batch in torch.split(torch.arange(len(targets)), batch_size):
+            logits = functional_call(model, dict(weights), (inputs[batch],)).cpu()
+            risk += per_sample_losses(loss, logits.double(), targets[batch]).sum().item() / len(targets)
+        risks[name] = risk
     return risks

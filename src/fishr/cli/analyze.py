@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.text import Text
 
 from fishr.cli.console import DataRoot, Device, Json, Quiet, print_json, print_line, print_table, stderr
 from fishr.errors import ConfigError
 from fishr.reports.analysis import (
     DOMAIN_COLUMNS,
-    PAIR_COLUMNS,
     barrier,
+    checkpoint_columns,
+    checkpoint_rows,
     comparison_sentences,
     domain_rows,
+    pair_columns,
     pair_rows,
     sentences,
 )
@@ -74,7 +77,11 @@ def analyze(
             raise ConfigError(f"--figures must be png or svg, got {kind!r}")
     if figures and output is None:
         raise ConfigError("--figures needs --output, the folder for them")
-    dataset = load_data_for(load_model(models[0]).card, data, root=data_root, subset=subset)
+    if plane and output is None and not as_json:
+        raise ConfigError("--plane needs --output or --json: it is a matrix, or a figure")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    dataset = load_data_for(load_model(models[0]).card, data, root=data_root, subset=subset, cache="disk")
     with _status(drawn=stderr.is_terminal and not quiet) as progress:
         found = analyze_models(
             models,
@@ -90,26 +97,27 @@ def analyze(
             progress=progress,
         )
         content = found.as_dict()
-        if output is not None:
-            progress("figures")
-            _write(output, content, found.weights(), figures)
     if as_json:
         print_json(content)
     else:
         _print(content)
-        if output is not None:
+    if output is not None:
+        _write(output, content, found.weights(), figures)
+        if not as_json:
             print_line(f"\nNumbers and figures: {output / PAGE}, {CONTENT} and {WEIGHTS} beside it.")
 
 
 def _write(folder: Path, content: Mapping[str, Any], weights: Any, kinds: Sequence[str]) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from fishr.files import write_text
+    from fishr.files import write_bytes, write_text
     from fishr.reports.figures import figures_of, write_images, write_page
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONTENT, json.dumps(content, indent=2) + "\n")
-    pq.write_table(weights, folder / WEIGHTS)
+    write_text(folder / CONTENT, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(weights, buffer)
+    write_bytes(folder / WEIGHTS, buffer.getvalue())
     drawn = figures_of(content, weights)
     write_page(folder / PAGE, drawn, f"Analysis of {content['data']}")
     write_images(folder, drawn, kinds)
@@ -121,17 +129,26 @@ def _print(content: Mapping[str, Any]) -> None:
             print_line(f"\n{model['name']}: {layer['layer']}, {layer['weights']:,} weights")
             print_table(DOMAIN_COLUMNS, domain_rows(layer, model["roles"]), left=2)
             print_line("Distances between domains, relative to size; in brackets what sampling alone gives:")
-            print_table(PAIR_COLUMNS, pair_rows(layer))
-            if layer["hessian"] != "exact":
-                print_line(f"Hessian diagonal: {layer['hessian']}.")
-        for sentence in sentences(model, content["epsilon"]):
-            print_line(sentence)
+            print_table(pair_columns(layer), pair_rows(layer))
+            errors = [domain["hessian_error"] for domain in layer["domains"].values()]
+            if max(errors) > 0:
+                print_line(f"Hessian diagonal: {layer['hessian']}, with an error of {max(errors):.0%} of its norm.")
+            else:
+                for sentence in sentences(content, model):
+                    print_line(sentence)
+        if model["checkpoints"]:
+            compared = ", ".join(content["compared"])
+            print_line(f"\n{model['name']} over its checkpoints; distances, not relative, between {compared}:")
+            print_table(checkpoint_columns(content), checkpoint_rows(content, model), left=0)
     if len(content["models"]) == 2:
         print_line("")
         for sentence in comparison_sentences(content):
             print_line(sentence)
-        rises = ", ".join(f"{name} {rise:.3f}" for name, rise in barrier(content["line"]).items())
-        print_line(f"Rise of the risk between the models above a straight line, in nats: {rises}.")
+        if content["line"] is None:
+            print_line("No line runs between the two: they are different networks, or tell other classes apart.")
+        else:
+            rises = ", ".join(f"{name} {rise:.3f}" for name, rise in barrier(content["line"]).items())
+            print_line(f"Rise of the risk between the models above a straight line, in nats: {rises}.")
     print_line(
         "\nRisk in nats, accuracy in %. Gradient: its norm. Correlation: over weights, of gradient variance with "
         "Hessian diagonal."
@@ -145,4 +162,4 @@ def _status(*, drawn: bool) -> Iterator[Callable[[str], None]]:
         yield lambda stage: None
         return
     with stderr.status("loading") as status:
-        yield lambda stage: status.update(stage)
+        yield lambda stage: status.update(Text(stage))  # what users call their folders is no markup

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fishr.data import MultiDomainDataset, is_dataset_name, load_dataset
 from fishr.data.base import Samples
-from fishr.data.cache import Progress
+from fishr.data.cache import CacheMode, Progress
 from fishr.data.image_dataset import BENCHMARK_DATASETS
 from fishr.devices import torch_device
 from fishr.errors import ConfigError, DataError, InputError
@@ -178,18 +178,19 @@ def load_data_for(
     *,
     root: Path | None = None,
     subset: int | None = None,
+    cache: CacheMode = "none",
 ) -> MultiDomainDataset:
     """The dataset with a name or path, in the form that a model takes.
 
-    Images are brought to the model's format and decoded when they are needed, since an evaluation reads them once. A
-    dataset of another kind that the model was trained on is loaded with the options of that training, its seed among
-    them, but not with its subset.
+    Images are brought to the model's format. A dataset of another kind that the model was trained on is loaded with the
+    options of that training, its seed among them, but not with its subset.
 
     Args:
         card: The model's card.
         data: A dataset's name, or the path of a folder DOMAIN/CLASS/image or of a manifest.
         root: Data root of datasets with a name.
         subset: Keep as many samples of each domain as this; None keeps all.
+        cache: Where decoded images are kept; ``"none"`` suits those who read them once.
 
     Raises:
         ConfigError: no such dataset, or no such folder or manifest.
@@ -203,7 +204,7 @@ def load_data_for(
                 f"{data} holds images, but the model takes float32 inputs of shape {_shape(card.input_shape)}: "
                 "use data like those it was trained on"
             )
-        options = {"image_size": card.image_format.size, "channels": card.image_format.channels, "cache": "none"}
+        options = {"image_size": card.image_format.size, "channels": card.image_format.channels, "cache": cache}
     elif is_known and data == _trained_config(card).get("data"):
         options = _without_subset(_trained_config(card)["data_options"])
     return load_dataset(data, root=root, subset=subset, **options)

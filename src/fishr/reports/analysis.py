@@ -1,8 +1,7 @@
 """An analysis (:meth:`fishr.analysis.Analysis.as_dict`) told in words and tables."""
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from statistics import fmean
 from typing import Any
 
@@ -13,10 +12,13 @@ QUANTITIES = {
     "variance": "gradient variance",
     "fisher": "Fisher diagonal",
     "hessian": "Hessian diagonal",
+    "whole_hessian": "Hessian",
 }
 
 DOMAIN_COLUMNS = ("domain", "in training", "samples", "risk", "accuracy", "gradient", "correlation")
-PAIR_COLUMNS = ("domains", *QUANTITIES.values())
+
+CHECKPOINT_ROWS = 10
+"""Checkpoints that are told, at most, evenly spread over all."""
 
 
 def domain_rows(layer: Mapping[str, Any], roles: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -35,42 +37,66 @@ def domain_rows(layer: Mapping[str, Any], roles: Mapping[str, str]) -> list[tupl
     ]
 
 
+def pair_columns(layer: Mapping[str, Any]) -> list[str]:
+    """Titles of :func:`pair_rows`."""
+    return ["domains", *(QUANTITIES[quantity] for quantity in layer["distances"])]
+
+
 def pair_rows(layer: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each pair of domains: relative distances, and in brackets what sampling alone would give."""
     names = list(layer["domains"])
     return [
         (
             f"{names[first]} – {names[second]}",  # noqa: RUF001
-            *(_distance(layer["distances"][quantity], first, second) for quantity in QUANTITIES),
+            *(_distance(between, first, second) for between in layer["distances"].values()),
         )
         for first, second in combinations(range(len(names)), 2)
     ]
 
 
-def compared_domains(model: Mapping[str, Any]) -> list[str]:
-    """The domains that training could align: those trained on, where two or more are known, else all."""
-    names = list(model["head"]["domains"])
-    trained_on = [name for name in names if model["roles"].get(name) == "trained on"]
-    return trained_on if len(trained_on) > 1 else names
+def checkpoint_columns(analysis: Mapping[str, Any]) -> list[str]:
+    """Titles of :func:`checkpoint_rows`."""
+    others = [f"accuracy, {name}" for name in _others(analysis)]
+    return ["step", *others, "variances", "Hessian diagonals", f"inconsistency, {inconsistency_kind(analysis)}"]
 
 
-def inconsistency(head: Mapping[str, Any], kind: str, names: Sequence[str], epsilon: float) -> dict[str, Any] | None:
+def checkpoint_rows(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for some of a model's checkpoints: accuracies on other domains, distances between the compared ones."""
+    names, count = analysis["compared"], len(model["checkpoints"])
+    chosen = sorted({round(index) for index in np.linspace(0, count - 1, min(count, CHECKPOINT_ROWS))})
+    rows = []
+    for index in chosen:
+        step, head = model["checkpoints"][index]["step"], model["checkpoints"][index]["head"]
+        found = inconsistency(head, inconsistency_kind(analysis), names)
+        rows.append(
+            (
+                str(step),
+                *(f"{100 * head['domains'][name]['accuracy']:.1f}" for name in _others(analysis)),
+                *(f"{mean_distance(head, quantity, 'distance', names):.3g}" for quantity in ("variance", "hessian")),
+                f"{found['score']:.3f}",
+            )
+        )
+    return rows
+
+
+def inconsistency_kind(analysis: Mapping[str, Any]) -> str:
+    """``"exact"`` where all heads are small enough for it, else ``"diagonal"``."""
+    heads = [model["head"] for model in analysis["models"]]
+    return "exact" if all(head["inconsistency"]["exact"] is not None for head in heads) else "diagonal"
+
+
+def inconsistency(head: Mapping[str, Any], kind: str, names: Sequence[str]) -> dict[str, Any]:
     """The largest R_B − R_A + ε · ratio over ordered pairs (A, B) of some domains, in nats, and which pair has it.
 
     Args:
         head: The head's part of an analysis.
-        kind: ``"diagonal"`` or ``"exact"``; None is returned where that was not computed.
+        kind: ``"diagonal"`` or ``"exact"``, which must have been computed.
         names: The domains, at least 2.
-        epsilon: ε, in nats.
     """
-    found = head["inconsistency"][kind]
-    if found is None:
-        return None
-    scores = np.array(found["gaps"]) + epsilon * np.array(found["ratios"])
     positions = {name: index for index, name in enumerate(head["domains"])}
-    pairs = [(first, second) for first in names for second in names if first != second]
-    score, (first, second) = max((scores[positions[a], positions[b]], (a, b)) for a, b in pairs)
-    return {"score": float(score), "from": first, "to": second}
+    scores = head["inconsistency"][kind]["scores"]
+    score, pair = max((scores[positions[a]][positions[b]], (a, b)) for a, b in permutations(names, 2))
+    return {"score": score, "from": pair[0], "to": pair[1]}
 
 
 def mean_distance(head: Mapping[str, Any], quantity: str, kind: str, names: Sequence[str]) -> float:
@@ -80,16 +106,17 @@ def mean_distance(head: Mapping[str, Any], quantity: str, kind: str, names: Sequ
     return fmean(matrix[first][second] for first, second in combinations(positions, 2))
 
 
-def sentences(model: Mapping[str, Any], epsilon: float) -> list[str]:
+def sentences(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
     """What the analysis of a model's head says."""
-    head, names = model["head"], compared_domains(model)
+    head, names = model["head"], analysis["compared"]
     told = [head["outlier"]]
     for kind, basis in (("exact", "whole Hessians"), ("diagonal", "diagonals of the Hessians")):
-        found = inconsistency(head, kind, names, epsilon)
-        if found is not None:
+        if head["inconsistency"][kind] is not None:
+            found = inconsistency(head, kind, names)
             told.append(
-                f"Inconsistency ({basis}, epsilon {epsilon:g}): {found['score']:.3f} nats, by how much the loss of "
-                f"{found['to']!r} can lie above that of {found['from']!r} where the latter is content."
+                f"Inconsistency among {', '.join(names)} by {basis}: {found['score']:.3f} nats. So far can the loss of "
+                f"{found['to']!r} lie above that of {found['from']!r} within a step that raises the latter by at most "
+                f"{analysis['epsilon']:g}."
             )
     return told
 
@@ -97,17 +124,19 @@ def sentences(model: Mapping[str, Any], epsilon: float) -> list[str]:
 def comparison_sentences(analysis: Mapping[str, Any]) -> list[str]:
     """How the second model differs from the first in what Fishr is to align."""
     first, second = analysis["models"]
-    names = compared_domains(first)
+    names = analysis["compared"]
     told = []
     for quantity in ("variance", "hessian"):
         before, after = (
             {kind: mean_distance(model["head"], quantity, kind, names) for kind in ("distance", "relative")}
             for model in (first, second)
         )
+        if before["distance"] == 0:
+            continue
         told.append(
-            f"{QUANTITIES[quantity].capitalize()}: {second['name']} has "
-            f"{_times(after['distance'], before['distance'])} the distance between domains of {first['name']}, "
-            f"relative to its size {_times(after['relative'], before['relative'])} (over {', '.join(names)})."
+            f"{QUANTITIES[quantity].capitalize()}s of {', '.join(names)} lie "
+            f"{after['distance'] / before['distance']:.2f} times as far apart in {second['name']} as in "
+            f"{first['name']}, relative to their size {after['relative'] / before['relative']:.2f} times."
         )
     return told
 
@@ -118,17 +147,20 @@ def barrier(line: Mapping[str, Any]) -> dict[str, float]:
     between = (positions >= 0) & (positions <= 1)
     barriers = {}
     for name, risks in line["risks"].items():
-        risk = np.array(risks)[between]
+        risk = np.array(risks, dtype=float)[between]
         straight = np.interp(positions[between], [0, 1], [risk[0], risk[-1]])
         barriers[name] = float((risk - straight).max())
     return barriers
 
 
 def _distance(between: Mapping[str, Any], first: int, second: int) -> str:
-    distance, sampling, relative = (between[kind][first][second] for kind in ("distance", "sampling", "relative"))
-    noise = relative * sampling / distance if distance > 0 else 0.0
-    return f"{relative:.2f} ({noise:.2f})"
+    distance, relative = between["distance"][first][second], between["relative"][first][second]
+    if between["sampling"] is None:
+        return f"{relative:.2f}"
+    sampling = between["sampling"][first][second]
+    return f"{relative:.2f} ({relative * sampling / distance if distance > 0 else 0:.2f})"
 
 
-def _times(value: float, reference: float) -> str:
-    return f"{value / reference:.2f} times" if reference > 0 and math.isfinite(value) else "no multiple of"
+def _others(analysis: Mapping[str, Any]) -> list[str]:
+    """The domains that are not compared."""
+    return [name for name in analysis["models"][0]["head"]["domains"] if name not in analysis["compared"]]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from fishr.errors import ConfigError
 from fishr.files import write_bytes, write_text
-from fishr.reports.analysis import QUANTITIES, compared_domains, inconsistency, mean_distance
+from fishr.reports.analysis import QUANTITIES, inconsistency, inconsistency_kind, mean_distance
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 """Colours that colour-blind readers tell apart (Okabe and Ito, 2002)."""
@@ -71,42 +72,40 @@ def distances_figure(analysis: Mapping[str, Any]) -> go.Figure:
 
 
 def curvature_figure(analysis: Mapping[str, Any], weights: pa.Table) -> go.Figure:
-    """The head's gradient variance against its Hessian's diagonal, a row for each model, a column for each domain."""
+    """The head's gradient variance against its Hessian's diagonal, a row for each model, a column for each domain.
+
+    Weights for which one of them is zero are not on the logarithmic axes.
+    """
     models = analysis["models"]
     domains = list(models[0]["head"]["domains"])
     titles = []
     for model in models:
         for name in domains:
             value = model["head"]["domains"][name]["correlation"]
-            said = "no correlation" if value is None else f"correlation {value:.3f}"
+            said = "no correlation" if value is None else f"linear correlation {value:.3f}"
             titles.append(f"{_text(name)}: {said}")
     figure = make_subplots(
         len(models), len(domains), subplot_titles=titles, shared_xaxes="all", shared_yaxes="all", vertical_spacing=GAP
     )
-    in_head = weights.filter(pc.starts_with(weights["parameter"].cast(pa.string()), "classifier."))
     for row, model in enumerate(models, 1):
         for column, name in enumerate(domains, 1):
-            of_both = pc.and_(
-                pc.equal(in_head["model"].cast(pa.string()), model["name"]),
-                pc.equal(in_head["domain"].cast(pa.string()), name),
+            points = weights.filter(
+                (pc.field("layer") == model["head"]["layer"])
+                & (pc.field("model") == model["name"])
+                & (pc.field("domain") == name)
             )
-            points = in_head.filter(of_both)
             points = points.take(np.unique(np.linspace(0, len(points) - 1, MOST_POINTS).astype(np.int64)))
             variance, hessian = points["variance"].to_numpy(), points["hessian"].to_numpy()
             drawn = (variance > 0) & (hessian > 0)
-            marks = go.Scattergl if drawn.sum() > MOST_POINTS else go.Scatter
-            figure.add_trace(
-                marks(
-                    x=hessian[drawn],
-                    y=variance[drawn],
-                    mode="markers",
-                    marker={"size": 4, "color": PALETTE[row - 1], "opacity": 0.6},
-                    name=_text(model["name"]),
-                    showlegend=column == 1,
-                ),
-                row,
-                column,
+            marks = go.Scatter(
+                x=hessian[drawn],
+                y=variance[drawn],
+                mode="markers",
+                marker={"size": 4, "color": PALETTE[row - 1], "opacity": 0.6},
+                name=_text(model["name"]),
+                showlegend=column == 1,
             )
+            figure.add_trace(marks, row, column)
     figure.update_xaxes(type="log", exponentformat="power")
     figure.update_xaxes(title_text="Hessian diagonal", row=len(models))
     figure.update_yaxes(type="log", exponentformat="power")
@@ -115,25 +114,31 @@ def curvature_figure(analysis: Mapping[str, Any], weights: pa.Table) -> go.Figur
 
 
 def checkpoints_figure(analysis: Mapping[str, Any]) -> go.Figure:
-    """Over the checkpoints: accuracy, distances between the domains trained on, inconsistency."""
-    panels = ("accuracy", "inconsistency", *(f"distance of {QUANTITIES[one]}s" for one in ("variance", "hessian")))
+    """Over the checkpoints: accuracy, and of the compared domains inconsistency and distances."""
+    names, kind = analysis["compared"], inconsistency_kind(analysis)
+    others = [name for name in analysis["models"][0]["head"]["domains"] if name not in names]
+    panels = [f"mean accuracy on {_text(', '.join(names))}" + " (others: dashed)" * bool(others), "inconsistency"]
+    panels += [f"distance of {QUANTITIES[quantity]}s" for quantity in ("variance", "hessian")]
     figure = make_subplots(2, 2, subplot_titles=panels, vertical_spacing=GAP)
-    for index, model in enumerate(analysis["models"]):
-        names, color = compared_domains(model), PALETTE[index]
+    for color, model in zip(PALETTE, analysis["models"], strict=False):
         steps = [checkpoint["step"] for checkpoint in model["checkpoints"]]
         heads = [checkpoint["head"] for checkpoint in model["checkpoints"]]
-        for position, name in enumerate(model["head"]["domains"]):
-            values = [head["domains"][name]["accuracy"] for head in heads]
-            line = {"color": color, "dash": DASHES[position % len(DASHES)]}
-            label = f"{_text(model['name'])}, {_text(name)}"
-            figure.add_trace(go.Scatter(x=steps, y=values, name=label, line=line, mode="lines"), 1, 1)
-        kind = "exact" if heads and heads[0]["inconsistency"]["exact"] else "diagonal"
-        found = [inconsistency(head, kind, names, analysis["epsilon"]) for head in heads]
-        series = {(1, 2): [one["score"] for one in found if one is not None]}
+        series = [(1, 1, [_mean_accuracy(head, names) for head in heads], "solid")]
+        if others:
+            series.append((1, 1, [_mean_accuracy(head, others) for head in heads], "dash"))
+        series.append((1, 2, [inconsistency(head, kind, names)["score"] for head in heads], "solid"))
         for column, quantity in enumerate(("variance", "hessian"), 1):
-            series[2, column] = [mean_distance(head, quantity, "distance", names) for head in heads]
-        for (row, column), values in series.items():
-            trace = go.Scatter(x=steps, y=values, line={"color": color}, mode="lines+markers", showlegend=False)
+            values = [mean_distance(head, quantity, "distance", names) for head in heads]
+            series.append((2, column, values, "solid"))
+        for number, (row, column, values, dash) in enumerate(series):
+            trace = go.Scatter(
+                x=steps,
+                y=values,
+                line={"color": color, "dash": dash},
+                mode="lines+markers",
+                name=_text(model["name"]),
+                showlegend=number == 0,
+            )
             figure.add_trace(trace, row, column)
     figure.update_xaxes(title_text="step", row=2)
     figure.update_yaxes(tickformat=".0%", row=1, col=1)
@@ -169,9 +174,9 @@ def plane_figure(analysis: Mapping[str, Any]) -> go.Figure:
         shared_yaxes="all",
         vertical_spacing=GAP,
     )
-    risks = [[np.array(model["plane"]["risks"][name]).T for name in domains] for model in models]
-    heights = np.log10(np.maximum(risks, LEAST_RISK))  # [model, domain, y, x]
-    low, high = heights.min(), heights.max()
+    risks = [[np.array(model["plane"]["risks"][name], dtype=float).T for name in domains] for model in models]
+    heights = np.log10(np.maximum(risks, LEAST_RISK))  # [model, domain, y, x]; not a number where the risk is none
+    low, high = np.nanmin(heights), np.nanmax(heights)
     contours = {"start": low, "end": high, "size": max(high - low, LEAST_RISK) / LEVELS}
     for row, model in enumerate(models, 1):
         positions = model["plane"]["positions"]
@@ -203,19 +208,23 @@ def write_images(folder: Path, figures: Mapping[str, go.Figure], kinds: Sequence
     """Each figure as a file of each kind, ``png`` or ``svg``, named by it.
 
     Raises:
-        ConfigError: kaleido, or the browser it draws with, is missing.
+        ConfigError: kaleido, or the browser it draws with, is missing or failed.
     """
     for name, figure in figures.items():
         for kind in kinds:
             try:
                 image = figure.to_image(kind)
-            except (ValueError, RuntimeError) as error:  # plotly's, of a missing kaleido or Chrome
-                reason = str(error).strip().partition("\n")[0]
+            except Exception as error:  # kaleido's have no class in common
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ConfigError(
-                    f"{kind} files cannot be drawn ({reason}): they need pip install 'fishr[figures]', and Chrome or "
+                    f"{name}.{kind} cannot be drawn ({reason}): it needs pip install 'fishr[figures]', and Chrome or "
                     "Chromium"
-                ) from None
+                ) from error
             write_bytes(folder / f"{name}.{kind}", image)
+
+
+def _mean_accuracy(head: Mapping[str, Any], names: Sequence[str]) -> float:
+    return fmean(head["domains"][name]["accuracy"] for name in names)
 
 
 def _laid_out(figure: go.Figure, title: str, rows: int) -> go.Figure:
@@ -231,4 +240,4 @@ def _laid_out(figure: go.Figure, title: str, rows: int) -> go.Figure:
 
 def _text(name: str) -> str:
     """A name as plotly shows it as it is."""
-    return escape(name)
+    return escape(name, quote=False)  # plotly does not know the entities of quotes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -170,8 +171,8 @@ class RunFolder:
 
 def snapshots_of(run: Path) -> dict[int, Path]:
     """Step and folder of the models that a run kept at its checkpoints, oldest first."""
-    folders = sorted((run / SNAPSHOTS).glob("step-*"))
-    return {int(folder.name.removeprefix("step-")): folder for folder in folders}
+    names = (re.fullmatch(r"step-(\d+)", folder.name) for folder in (run / SNAPSHOTS).glob("step-*"))
+    return {step: run / SNAPSHOTS / f"step-{step:06d}" for step in sorted(int(name[1]) for name in names if name)}
 
 
 def tidy(run: Path) -> None:
