@@ -1,5 +1,6 @@
 """The scikit-learn face: scikit-learn's own checks, oracles, routing, tables, errors."""
 
+import copy
 import pickle
 import re
 
@@ -336,6 +337,8 @@ def test_a_warm_start_that_fails_leaves_the_model_as_it_was():
         model.fit(X, np.arange(len(Y)) % 3, domains=DOMAINS)
     with pytest.raises(ValueError, match="X has 3 features, but FishrClassifier is expecting 4"):
         model.fit(X[:, :3], Y, domains=DOMAINS)
+    with pytest.raises(ConfigError, match=re.escape("continues a network with hidden=(8,), got (16,): set it back")):
+        copy.deepcopy(model).set_params(hidden=(16,)).fit(X, Y, domains=DOMAINS)
     with pytest.raises(NonFiniteLossError):
         model.fit(1e30 * X, Y, domains=DOMAINS)
     assert torch.equal(weights_of(model), before)
@@ -415,6 +418,12 @@ def routing():
         yield
 
 
+@pytest.fixture
+def no_routing():
+    with sklearn.config_context(enable_metadata_routing=False):
+        yield
+
+
 def held_out_scores(estimator):
     """Of each domain, by an estimator fitted on the others."""
     scores = []
@@ -445,7 +454,7 @@ def test_domains_find_their_way(routing):
         np.testing.assert_allclose(found, expected)
 
 
-def test_domains_find_their_way_without_routing_too():
+def test_domains_find_their_way_without_routing_too(no_routing):
     given = {"fishrclassifier__domains": DOMAINS}
     assert clone(PIPELINE).fit(X, Y, **given)[-1].domains_.tolist() == [0, 1, 2]
     scores = cross_val_score(PIPELINE, X, Y, groups=DOMAINS, cv=LeaveOneGroupOut(), params=given)

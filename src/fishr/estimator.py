@@ -105,7 +105,7 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
     def _fit(self, X: NDArray[np.float32], targets: Tensor, num_outputs: int, loss: Loss, domains: Any) -> None:
         """Train on ``X [sample, feature]`` and set the attributes that a fit leaves."""
         algorithm_class, config = self._checked_settings()
-        names, codes = _domain_codes(domains, len(X))
+        names, rows = _rows_of_domains(domains, len(X))
         if names is None and algorithm_class.min_domains > 1:
             warnings.warn(
                 f"{algorithm_class.title} compares domains, and fit was given none, so this is ERM: pass "
@@ -118,7 +118,6 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
 
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(2**31))
-        rows = [np.flatnonzero(codes == code) for code in range(1 if names is None else len(names))]
         aside: list[Rows] = []
         if self.early_stopping:
             rows, aside = _split(rows, self.validation_fraction, seed, names)
@@ -235,6 +234,11 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
                 f"algorithm must be a name or a subclass of fishr.algorithms.Algorithm, got {algorithm!r}"
             )
         self._check_algorithm(algorithm)
+        if self._continues and (kept := _hidden_widths(self.network_)) != tuple(self.hidden):
+            raise ConfigError(
+                f"warm_start continues a network with hidden={kept}, got {self.hidden!r}: set it back, or fit a new "
+                "estimator"
+            )
         given = {**(self.hparams or {}), "lr": self.lr, "batch_size": self.batch_size}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         return algorithm, algorithm.Config.recommended("vectors").updated(plain)
@@ -285,8 +289,9 @@ class FishrClassifier(ClassifierMixin, _DomainEstimator):  # type: ignore[misc]
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> y, domains = rng.integers(2, size=300), rng.integers(3, size=300)
-    >>> X = rng.normal(size=(300, 4)) + 2 * y[:, None] + domains[:, None]
-    >>> model = FishrClassifier(hidden=(16,), epochs=30, random_state=0).fit(X, y, domains=domains)
+    >>> X = rng.normal(size=(300, 4)) + 2 * y[:, None]
+    >>> X[:, 0] += domains
+    >>> model = FishrClassifier(hidden=(16,), lr=0.01, random_state=0).fit(X, y, domains=domains)
     >>> bool(model.score(X, y) > 0.9)
     True
     """
@@ -394,7 +399,7 @@ class FishrRegressor(RegressorMixin, _DomainEstimator):  # type: ignore[misc]
     >>> rng = np.random.default_rng(0)
     >>> X, domains = rng.normal(size=(300, 4)), rng.integers(3, size=300)
     >>> y = X.sum(1) / 2
-    >>> model = FishrRegressor(hidden=(16,), epochs=60, random_state=0).fit(X, y, domains=domains)
+    >>> model = FishrRegressor(hidden=(16,), lr=0.01, random_state=0).fit(X, y, domains=domains)
     >>> bool(model.score(X, y) > 0.9)
     True
     """
@@ -486,14 +491,18 @@ def _network(num_features: int, hidden: Sequence[int], num_outputs: int) -> nn.S
     return nn.Sequential(nn.Sequential(*layers), nn.Linear(widths[-1], num_outputs))
 
 
+def _hidden_widths(network: nn.Sequential) -> tuple[int, ...]:
+    return tuple(layer.out_features for layer in network[0].modules() if isinstance(layer, nn.Linear))
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def _domain_codes(domains: Any, num_samples: int) -> tuple[NDArray[Any] | None, NDArray[np.int64]]:
-    """Names of the domains and the index of each sample's, ``[sample]``; None and zeros where none were given."""
+def _rows_of_domains(domains: Any, num_samples: int) -> tuple[NDArray[Any] | None, list[Rows]]:
+    """Names of the domains and the rows of each; None and all rows where none were given."""
     if domains is None:
-        return None, np.zeros(num_samples, np.int64)
+        return None, [np.arange(num_samples)]
     column = np.asarray(domains)
     if column.shape != (num_samples,):
         raise InputError(
@@ -506,7 +515,7 @@ def _domain_codes(domains: Any, num_samples: int) -> tuple[NDArray[Any] | None, 
         missing = True
     if missing:
         raise InputError("domains must be all names or all numbers, none of them missing")
-    return names, codes
+    return names, np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
 
 
 def _class_weights(
