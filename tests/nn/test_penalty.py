@@ -550,6 +550,17 @@ def test_a_head_that_does_something_else_is_called(monkeypatch):
     assert len(calls) == 1
 
 
+def test_hooks_of_the_penalty_and_its_average_are_called():
+    head, seen = make_head(), []
+    features, _, targets = draw_step()
+    penalty = FishrPenalty(head, 2)
+    for module in (penalty, penalty.average):
+        handle = module.register_forward_hook(lambda module, inputs, value: seen.append(module))
+        penalty.with_risk(head, features, targets, (7, 7))
+        handle.remove()
+    assert seen == [penalty, penalty.average]
+
+
 def test_autocast_around_risk_and_penalty_changes_nothing():
     head = make_head()
     features, _, targets = draw_step()

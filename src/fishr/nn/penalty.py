@@ -175,7 +175,7 @@ class FishrPenalty(nn.Module):
         return (
             self.variant == "variance"
             and type(head) is nn.Linear
-            and not (head._forward_hooks or head._forward_pre_hooks)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in (head, self, self.average))
             and features.dtype == head.weight.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled(features.device.type)
             and not is_distributed()
