@@ -74,7 +74,7 @@ def series(
         train(replace(config, checkpoint_every=every), dataset, folder, snapshots=True)
         folders.append(folder)
     shown = replace(dataset, domains={name: dataset.domains[name] for name in dataset.trainable_domains})
-    analysis = analyze(folders, shown, batch_size=1024).as_dict()
+    analysis = analyze(folders, shown).as_dict()
     return {method: measures(analysis, model) for method, model in zip(METHODS, analysis["models"], strict=True)}
 
 

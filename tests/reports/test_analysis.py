@@ -16,6 +16,7 @@ from fishr.reports.analysis import (
     barrier,
     checkpoint_columns,
     checkpoint_rows,
+    checkpoint_title,
     comparison_sentences,
     domain_rows,
     inconsistency,
@@ -136,7 +137,11 @@ def test_rows_of_pairs():
 
 
 def test_rows_of_checkpoints(analysis):
-    assert checkpoint_columns(analysis)[:2] == ["step", "accuracy, <b>west</b>"]
+    assert checkpoint_columns(analysis)[:2] == ["step", "<b>west</b>"]
+    assert checkpoint_title(analysis, analysis["models"][1]) == (
+        "runs/fishr over its checkpoints: accuracy on <b>west</b>; distances, not relative, and inconsistency "
+        "(diagonal) of north, south"
+    )
     assert checkpoint_rows(analysis, analysis["models"][1]) == [
         ("10", "70.0", "0.5", "0.5", "0.450"),
         ("20", "70.0", "0.5", "0.5", "0.450"),

@@ -18,17 +18,20 @@ from fishr.analysis.landscape import Line, Plane, are_comparable, line_between, 
 from fishr.analysis.layers import LayerEstimator, layer_statistics, parameters_of
 from fishr.analysis.statistics import DIAGONALS, Quantity, Statistics
 from fishr.data.base import MultiDomainDataset, Samples
+from fishr.data.images import Images
 from fishr.deploy.evaluate import Role, domain_roles, samples_for
 from fishr.devices import torch_device
 from fishr.errors import ConfigError, DataError
 from fishr.models.saved import SavedModel, load_model
+from fishr.training.evaluation import BATCH_SIZE as EVALUATION_BATCH_SIZE
+from fishr.training.evaluation import IMAGE_BATCH_SIZE
 from fishr.training.run_folder import snapshots_of
 
 FORMAT = 1
 
 HEAD = "classifier"
 
-EPSILON, MEMORY, DRAWS, BATCH_SIZE = 0.01, 1024, 16, 64
+EPSILON, MEMORY, DRAWS = 0.01, 1024, 16
 """Defaults of :func:`analyze`."""
 
 LANDSCAPE_SAMPLES = 500
@@ -229,7 +232,7 @@ def analyze(
     plane: bool = False,
     epsilon: float = EPSILON,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     device: str = "auto",
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Analysis:
@@ -247,7 +250,7 @@ def analyze(
         plane: Whether to evaluate risks in a random plane, which takes 121 passes over some samples.
         epsilon: ε of the inconsistency score, in nats.
         seed: Seed of the samples for landscapes, of planes and of estimates.
-        batch_size: Samples that go through the network together, at most.
+        batch_size: Samples that go through the network together, at most. Default: 64 images, 1,024 of other inputs.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         progress: Is told what is done next.
 
@@ -257,6 +260,9 @@ def analyze(
         ConfigError: a setting out of range, a layer that does not exist, overlaps with another one or needs more
             memory, or layers of a model whose predictions depend on the batch.
     """
+    first_inputs = next(iter(dataset.domains.values())).inputs
+    if batch_size is None:
+        batch_size = IMAGE_BATCH_SIZE if isinstance(first_inputs, Images) else EVALUATION_BATCH_SIZE
     _check(models, dataset, epsilon, batch_size, seed)
     estimator = LayerEstimator(memory, draws, _seed_of(seed, _SIGNS))
     loaded = {str(folder): _load(folder, device) for folder in models}
@@ -264,9 +270,8 @@ def analyze(
     samples = {name: samples_for(model.card, dataset) for name, model in loaded.items()}
     planned = {name: _plan(model, layers) for name, model in loaded.items()}
     held = len(dataset.domains) * sum(_num_weights(model, planned[name]) for name, model in loaded.items())
-    first_input = next(iter(dataset.domains.values())).inputs[:1]
     chunks = {
-        (name, layer): min(batch_size, estimator.chunk(model, parameters, first_input, held))
+        (name, layer): min(batch_size, estimator.chunk(model, parameters, first_inputs[:1], held))
         for name, model in loaded.items()
         for layer, parameters in planned[name].items()
     }

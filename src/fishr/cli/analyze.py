@@ -16,6 +16,7 @@ from fishr.reports.analysis import (
     barrier,
     checkpoint_columns,
     checkpoint_rows,
+    checkpoint_title,
     comparison_sentences,
     domain_rows,
     pair_columns,
@@ -48,7 +49,9 @@ def analyze(
     epsilon: float = typer.Option(0.01, "--epsilon", help="Rise of a domain's loss that counts as none, in nats."),
     subset: int | None = typer.Option(None, "--subset", help="Samples of each domain to use."),
     seed: int = typer.Option(0, "--seed", help="Seed of the halves, the plane and the estimates."),
-    batch_size: int = typer.Option(64, "--batch-size", help="Samples that go through the network together."),
+    batch_size: int | None = typer.Option(
+        None, "--batch-size", help="Samples that go through the network together; default 64 images, 1024 of others."
+    ),
     data_root: Path | None = DataRoot,
     device: str = Device,
     as_json: bool = Json,
@@ -137,8 +140,7 @@ def _print(content: Mapping[str, Any]) -> None:
                 for sentence in sentences(content, model):
                     print_line(sentence)
         if model["checkpoints"]:
-            compared = ", ".join(content["compared"])
-            print_line(f"\n{model['name']} over its checkpoints; distances, not relative, between {compared}:")
+            print_line(f"\n{checkpoint_title(content, model)}:")
             print_table(checkpoint_columns(content), checkpoint_rows(content, model), left=0)
     if len(content["models"]) == 2:
         print_line("")

@@ -56,8 +56,7 @@ def pair_rows(layer: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def checkpoint_columns(analysis: Mapping[str, Any]) -> list[str]:
     """Titles of :func:`checkpoint_rows`."""
-    others = [f"accuracy, {name}" for name in _others(analysis)]
-    return ["step", *others, "variances", "Hessian diagonals", f"inconsistency, {inconsistency_kind(analysis)}"]
+    return ["step", *_others(analysis), "gradient variance", "Hessian diagonal", "inconsistency"]
 
 
 def checkpoint_rows(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -77,6 +76,17 @@ def checkpoint_rows(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> li
             )
         )
     return rows
+
+
+def checkpoint_title(analysis: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """What :func:`checkpoint_rows` shows."""
+    others = ", ".join(_others(analysis))
+    return (
+        f"{model['name']} over its checkpoints: "
+        + f"accuracy on {others}; " * bool(others)
+        + f"distances, not relative, and inconsistency ({inconsistency_kind(analysis)}) of "
+        + ", ".join(analysis["compared"])
+    )
 
 
 def inconsistency_kind(analysis: Mapping[str, Any]) -> str:
