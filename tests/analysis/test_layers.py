@@ -109,6 +109,16 @@ def test_chunks_make_no_difference():
         assert relative_error(getattr(one, name), getattr(other, name)) < 1e-12
 
 
+def test_a_layer_that_does_nothing():
+    """Its Hessian is zero, and so is the error of the estimate."""
+    model = small_model()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    statistics = layer_statistics(model, ["featurizer.1.weight"], small_samples(model, 9), estimator(), chunk=9)
+    assert statistics.gradient.abs().max() == 0
+    assert (statistics.hessian.abs().max(), statistics.hessian_error) == (0, 0.0)
+
+
 def test_names_of_layers():
     model = small_model()
     assert parameters_of(model, "featurizer.3") == NAMES

@@ -53,9 +53,8 @@ def head_statistics(model: SavedModel, samples: Samples, batch_size: int) -> Sta
         r, sizes = loss_residuals(loss, logits, targets), (len(targets),)
         h = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         p = torch.sigmoid(logits) if model.card.binary else torch.softmax(logits, dim=1)
-        curvature = p.square().sum(1) - 2 * p.pow(3).sum(1) + p.square().sum(1).square()  # ‖A_i‖²
-        if model.card.binary:
-            curvature = (p * (1 - p)).square().sum(1)
+        diagonal_square = (p * (1 - p)).square().sum(1)  # of A_i; ‖A_i‖² counts what is beside the diagonal too
+        off_diagonal_square = p.square().sum(1).square() - p.pow(4).sum(1) if p.shape[1] > 1 else 0.0
         of_batch = {
             "risk": per_sample_losses(loss, logits, targets).mean(),
             "accuracy": correct(logits, targets).double().mean(),
@@ -65,8 +64,8 @@ def head_statistics(model: SavedModel, samples: Samples, batch_size: int) -> Sta
             "fourth": (r.pow(4).sum(1) * h.pow(4).sum(1)).mean(),
             "square": (r.square().sum(1) * h.square().sum(1)).mean(),
             "hessian": hessian_diagonals(features, logits, sizes)[0],
-            "hessian_square": ((p * (1 - p)).square().sum(1) * h.pow(4).sum(1)).mean(),
-            "whole_square": (curvature * h.square().sum(1).square()).mean(),
+            "hessian_square": (diagonal_square * h.pow(4).sum(1)).mean(),
+            "whole_square": ((diagonal_square + off_diagonal_square) * h.square().sum(1).square()).mean(),
         }
         if forms_whole:
             of_batch["whole_hessian"] = hessians(features, logits, sizes)[0]

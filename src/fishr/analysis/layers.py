@@ -134,13 +134,14 @@ def layer_statistics(
         for draw, estimate in enumerate(_hutchinson(model, weights, inputs, targets, estimator)):
             estimates[draw] += share * estimate
     hessian = estimates.mean(0)
-    error = (estimates.var(0).sum() / estimator.draws).sqrt() / hessian.norm()
+    norm = hessian.norm().item()
+    error = (estimates.var(0).sum() / estimator.draws).sqrt().item() / norm if norm > 0 else 0.0
     spreads: dict[Quantity, float] = {
         "gradient": spread(square, gradient, n),
         "variance": variance_spread(fourth, third, fisher, gradient, n),
         "fisher": spread(fourth, fisher, n),
     }
-    return Statistics(n, risk, accuracy, gradient, fisher, hessian, spreads, hessian_error=error.item())
+    return Statistics(n, risk, accuracy, gradient, fisher, hessian, spreads, hessian_error=error)
 
 
 def _sample_gradients(
