@@ -470,116 +470,90 @@ def test_a_compiled_step_equals_the_eager_one(name, variant, by, backend):
         torch.testing.assert_close(actual, expected)
 
 
-# With the risk
+# Small batches
 
 
 def count_calls_in_one(monkeypatch):
     calls = []
-    original = fishr.nn.penalty.risk_and_penalty
-    monkeypatch.setattr("fishr.nn.penalty.risk_and_penalty", lambda *a, **k: calls.append(None) or original(*a, **k))
+    original = fishr.nn.penalty.cross_entropy_penalty
+    monkeypatch.setattr(
+        "fishr.nn.penalty.cross_entropy_penalty", lambda *a, **k: calls.append(None) or original(*a, **k)
+    )
     return calls
 
 
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.0, "reduction": "sum"}, {"loss": nn.CrossEntropyLoss()}], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_risk_and_penalty_of_plain_cross_entropy_are_one_operation(settings, bias, monkeypatch):
+def test_small_batches_of_plain_cross_entropy_are_one_operation(settings, bias, monkeypatch):
     calls = count_calls_in_one(monkeypatch)
     head = make_head(bias=bias).double()
-    together, apart = (FishrPenalty(head, 2, **settings).double() for _ in range(2))
+    in_one, in_parts = (FishrPenalty(head, 2, **settings).double() for _ in range(2))
     for step in range(3):
         features, _, targets = draw_step(step, head=head, dtype=torch.float64)
         if step == 2:
-            together.eval(), apart.eval()
+            in_one.eval(), in_parts.eval()
         logits = head(features)
-        expected = nn.functional.cross_entropy(logits, targets), apart(features, logits, targets, (7, 7))
-        actual = together.with_risk(head, features, targets, (7, 7))
-        for ours, theirs in zip(actual, expected, strict=True):
-            assert oracles.relative_error(ours, theirs) <= 1e-12
-            leaves = [features, *head.parameters()]
-            gradients = [torch.autograd.grad(value, leaves, retain_graph=True) for value in (ours, theirs)]
-            assert oracles.relative_error(*gradients) <= 1e-12
-        assert together.state_dict().keys() == apart.state_dict().keys()
-        for ours, theirs in zip(together.buffers(), apart.buffers(), strict=True):
+        by_sizes = in_one(features, logits, targets, (7, 7))
+        by_indices = in_parts(features, logits, targets, torch.arange(14) // 7)
+        assert oracles.relative_error(by_sizes, by_indices) <= 1e-12
+        leaves = [features, *head.parameters()]
+        gradients = [torch.autograd.grad(value, leaves, retain_graph=True) for value in (by_sizes, by_indices)]
+        assert oracles.relative_error(*gradients) <= 1e-12
+        for ours, theirs in zip(in_one.buffers(), in_parts.buffers(), strict=True):
             assert oracles.relative_error(ours, theirs) <= 1e-12
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("variant", ["variance", "covariance"])
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cross-entropy"])
-def test_risk_and_penalty_of_each_other_loss(name, variant, monkeypatch):
-    calls = count_calls_in_one(monkeypatch)
-    batch = draw_batch(name, sizes=(5, 5, 5))
-    head = make_head(batch.features.shape[1], batch.logits.shape[1]).double()
-    penalty = FishrPenalty(head, 3, loss=batch.loss, variant=variant).double()
-    risk, value = penalty.with_risk(head, batch.features, batch.targets, (5, 5, 5))
-    logits = head(batch.features)
-    assert torch.equal(risk, per_sample_losses(batch.loss, logits, batch.targets).mean())
-    again = FishrPenalty(head, 3, loss=batch.loss, variant=variant).double()
-    assert torch.equal(value, again(batch.features, logits, batch.targets, (5, 5, 5)))
-    assert not calls
-
-
 @pytest.mark.parametrize(
-    ("sizes", "features", "settings"),
+    ("sizes", "settings"),
     [
-        ((4, 10), torch.float32, {}),
-        ((7, 7), torch.bfloat16, {}),
-        ((7, 7), torch.float32, {"variant": "second_moment"}),
+        ((4, 10), {}),
+        ((7, 7), {"variant": "second_moment"}),
+        ((7, 7), {"variant": "covariance"}),
+        ((7, 7), {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}),
+        ((7, 7), {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 1.0]))}),
+        ((7, 7), {"loss": nn.CrossEntropyLoss(ignore_index=0)}),
+        ((7, 7), {"loss": lambda logits, targets: -logits.gather(1, targets.unsqueeze(1))[:, 0]}),
     ],
-    ids=["unequal", "half precision", "second moment"],
+    ids=["unequal", "second moment", "covariance", "smoothing", "weights", "ignored", "callable"],
 )
-def test_risk_and_penalty_of_other_batches(sizes, features, settings, monkeypatch):
+def test_other_batches_are_not(sizes, settings, monkeypatch):
     calls = count_calls_in_one(monkeypatch)
     head = make_head()
-    features, _, targets = draw_step(dtype=features)
-    risk, value = FishrPenalty(head, 2, **settings).with_risk(head, features, targets, sizes)
-    logits = head(features.float())
-    assert torch.equal(risk, per_sample_losses(nn.CrossEntropyLoss(), logits, targets).mean())
-    assert torch.equal(value, FishrPenalty(head, 2, **settings)(features, logits, targets, sizes))
+    features, logits, targets = draw_step(head=head)
+    targets[0] = 0
+    FishrPenalty(head, 2, **settings)(features, logits, targets, sizes)
     assert not calls
 
 
-def test_a_head_that_does_something_else_is_called(monkeypatch):
-    calls = count_calls_in_one(monkeypatch)
-    features, _, targets = draw_step()
-    hooked, normed, plain = make_head(), torch.nn.utils.parametrizations.weight_norm(make_head()), make_head()
-    hooked.register_forward_hook(lambda module, inputs, logits: 2 * logits)
-    for head in (hooked, normed, plain):
-        risk, _ = FishrPenalty(head, 2).with_risk(head, features, targets, (7, 7))
-        assert oracles.relative_error(risk, nn.functional.cross_entropy(head(features), targets)) <= 1e-6
-    assert len(calls) == 1
-
-
-def test_hooks_of_the_penalty_and_its_average_are_called():
+def test_hooks_of_the_average_are_called():
     head, seen = make_head(), []
-    features, _, targets = draw_step()
+    features, logits, targets = draw_step(head=head)
     penalty = FishrPenalty(head, 2)
-    for module in (penalty, penalty.average):
-        handle = module.register_forward_hook(lambda module, inputs, value: seen.append(module))
-        penalty.with_risk(head, features, targets, (7, 7))
-        handle.remove()
-    assert seen == [penalty, penalty.average]
+    penalty.average.register_forward_hook(lambda module, inputs, value: seen.append(value))
+    penalty(features, logits, targets, (7, 7))
+    assert len(seen) == 1
 
 
-def test_autocast_around_risk_and_penalty_changes_nothing():
+def test_autocast_around_a_small_batch_changes_nothing(monkeypatch):
+    calls = count_calls_in_one(monkeypatch)
     head = make_head()
-    features, _, targets = draw_step()
-    expected = FishrPenalty(head, 2).with_risk(head, features, targets, (7, 7))
+    features, logits, targets = draw_step(head=head)
+    expected = FishrPenalty(head, 2)(features, logits, targets, (7, 7))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = FishrPenalty(head, 2).with_risk(head, features, targets, (7, 7))
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == torch.float32
-        assert oracles.relative_error(ours, theirs) <= 1e-6
+        actual = FishrPenalty(head, 2)(features, logits, targets, (7, 7))
+    assert torch.equal(actual, expected)
+    assert len(calls) == 2
 
 
-def test_a_class_out_of_range_is_named_with_the_risk_too():
+def test_a_class_out_of_range_is_named_in_a_small_batch_too():
     head = make_head()
-    features, _, targets = draw_step()
+    features, logits, targets = draw_step(head=head)
     targets[3] = 4
     with pytest.raises(InputError, match="target 4 is out of range: the head has 4 outputs"):
-        FishrPenalty(head, 2).with_risk(head, features, targets, (7, 7))
+        FishrPenalty(head, 2)(features, logits, targets, (7, 7))
     with pytest.raises(InputError, match="domain sizes must be num_domains=2 counts that add up to the 14 samples"):
-        FishrPenalty(head, 2).with_risk(head, features, targets % 4, (7, 7, 0))
+        FishrPenalty(head, 2)(features, logits, targets % 4, (7, 7, 0))
 
 
 # Errors

@@ -80,4 +80,6 @@ class Fishr(PenalizedAlgorithm):
         )
 
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:
-        return self.penalty.with_risk(self.classifier, features, batch.targets, batch.sizes)
+        logits = self.logits(features)
+        risk = self.sample_losses(logits, batch.targets).mean()
+        return risk, self.penalty(features, logits, batch.targets, batch.sizes)

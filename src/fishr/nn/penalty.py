@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fishr.errors import ConfigError, InputError
 from fishr.functional.covariance import domain_gradient_covariance_distance
+from fishr.functional.cross_entropy_penalty import cross_entropy_penalty
 from fishr.functional.distributed import is_distributed
 from fishr.functional.domains import Domains
 from fishr.functional.penalty import Reduction, check_reduction, variance_penalty
@@ -16,10 +17,8 @@ from fishr.functional.residuals import (
     check_class_targets,
     is_plain_cross_entropy,
     loss_residuals,
-    per_sample_losses,
     samples_that_count,
 )
-from fishr.functional.risk_and_penalty import risk_and_penalty
 from fishr.functional.variance import domain_gradient_variances, fit_together
 from fishr.nn.moving_average import MovingAverage
 
@@ -121,6 +120,8 @@ class FishrPenalty(nn.Module):
         self._check_shapes(features, logits)
         with torch.autocast(features.device.type, enabled=False):
             wide_logits = logits if logits.dtype == torch.float64 else logits.float()
+            if self._is_small_and_plain(features, targets, domains):
+                return self._of_small_batch(features, wide_logits, targets)
             residuals = loss_residuals(self.loss, wide_logits, targets)
             mask = samples_that_count(self.loss, targets)
             if self.variant == "covariance":
@@ -138,53 +139,36 @@ class FishrPenalty(nn.Module):
             )
             return variance_penalty(self.average(variances), reduction=self.reduction)
 
-    def with_risk(
-        self, head: nn.Linear, features: Tensor, targets: Tensor, sizes: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """The mean loss of a batch and its penalty.
-
-        The same as the mean of ``loss`` over the samples and :meth:`forward`, with ``head(features)`` for the logits.
-        On a CPU, for plain cross-entropy and small batches with as many samples of each domain, both are one operation
-        (:mod:`fishr.functional.risk_and_penalty`), which is faster where the network is small.
-
-        Args:
-            head: The head whose shape this penalty has.
-            features: ``[sample, feature]``, samples domain after domain.
-            targets: As the loss takes them.
-            sizes: Samples of each domain.
-
-        Raises:
-            InputError: as :meth:`forward`.
-        """
-        if not self._is_one_operation(head, features, targets, sizes):
-            with torch.autocast(features.device.type, enabled=False):
-                logits = head(features.to(head.weight.dtype))
-            return per_sample_losses(self.loss, logits, targets).mean(), self(features, logits, targets, sizes)
-        check_class_targets(
-            cast(nn.CrossEntropyLoss, self.loss), torch.Size((len(features), self.num_classes)), targets
-        )
-        history = self.average.scaled_history() if isinstance(self.average, MovingAverage) else 0.0
-        risk, penalty, variances = risk_and_penalty(
-            features, head.weight, head.bias, targets, self.num_domains, history=history, reduction=self.reduction
-        )
-        if isinstance(self.average, MovingAverage):
-            self.average.update(variances)
-        return risk, penalty
-
-    def _is_one_operation(self, head: nn.Linear, features: Tensor, targets: Tensor, sizes: Sequence[int]) -> bool:
+    def _is_small_and_plain(self, features: Tensor, targets: Tensor, domains: Domains) -> bool:
+        """Whether :func:`cross_entropy_penalty` may be called: it is faster where the network is small."""
         return (
             self.variant == "variance"
-            and type(head) is nn.Linear
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in (head, self, self.average))
-            and features.dtype == head.weight.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(features.device.type)
-            and not is_distributed()
+            and isinstance(domains, Sequence)
+            and len(domains) == self.num_domains
+            and sum(domains) == len(features) > 0
+            and fit_together(list(domains), features)
             and not targets.is_floating_point()
             and is_plain_cross_entropy(self.loss, targets)
-            and len(sizes) == self.num_domains
-            and sum(sizes) == len(features) > 0
-            and fit_together(list(sizes), features)
+            and not (self.average._forward_hooks or self.average._forward_pre_hooks)
+            and not is_distributed()
+            and not torch.compiler.is_compiling()
         )
+
+    def _of_small_batch(self, features: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        check_class_targets(cast(nn.CrossEntropyLoss, self.loss), logits.shape, targets)
+        average = self.average if isinstance(self.average, MovingAverage) else None
+        penalty, variances = cross_entropy_penalty(
+            features,
+            logits,
+            targets,
+            self.num_domains,
+            bias=self.bias,
+            history=0.0 if average is None else average.scaled_history(),
+            reduction=self.reduction,
+        )
+        if average is not None:
+            average.update(variances)
+        return penalty
 
     def _check_shapes(self, features: Tensor, logits: Tensor) -> None:
         num_samples = features.shape[:1]
