@@ -18,7 +18,8 @@ from plotly.subplots import make_subplots
 from fishr.analysis import analyze
 from fishr.data import load_dataset
 from fishr.reports.analysis import inconsistency, mean_distance
-from fishr.reports.figures import LOGARITHMIC, PALETTE, write_images
+from fishr.reports.figures import LOGARITHMIC, write_images
+from fishr.reports.palette import PALETTE
 from fishr.reports.tables import markdown_table
 from fishr.training import train
 from fishr.workflows.colored import TITLES, UNSEEN, method_config

@@ -28,7 +28,20 @@ def history(
         values[SPLITS.index(split), :, DOMAINS.index(domain)] = of_checkpoints
     hparams: Mapping[str, Any] = {}
     return RunHistory(
-        "run", "data", "erm", tuple(test_domains), draw, 0, hparams, {}, DOMAINS, np.array(steps), values, 0.0, True
+        "run",
+        "data",
+        "erm",
+        tuple(test_domains),
+        True,
+        draw,
+        0,
+        hparams,
+        {},
+        DOMAINS,
+        np.array(steps),
+        values,
+        0.0,
+        True,
     )
 
 

@@ -1,7 +1,7 @@
 """Run records, one for each checkpoint of a run, a line of ``metrics.jsonl`` each; and the history made of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,9 @@ FORMAT = 2
 """Version of a run's files."""
 
 CONFIG_FILE, RECORDS_FILE, DONE_FILE = "config.json", "metrics.jsonl", "DONE"
+MISTAKES_FILE = "mistakes.json"
+MADE_BY_FILE = "made_by.json"
+"""The command that made a folder, and the versions of what it used."""
 MAKER = "made by"
 """Whose run it is, in the protocol of a history."""
 
@@ -94,7 +97,8 @@ class RunHistory:
         dataset: Name of the dataset.
         algorithm: Name of the algorithm.
         test_domains: Domains held out.
-        draw: Number of its hyperparameter draw.
+        swept: Whether a sweep made it; tables are of such runs.
+        draw: Number of its hyperparameter draw; 0 for a run of no sweep.
         trial: Seed of its splits.
         hparams: Its hyperparameters.
         protocol: What else its result depends on, and runs of one table should share.
@@ -110,6 +114,7 @@ class RunHistory:
     dataset: str
     algorithm: str
     test_domains: tuple[str, ...]
+    swept: bool
     draw: int
     trial: int
     hparams: Mapping[str, Any]
@@ -130,6 +135,68 @@ class RunHistory:
         """Domains whose out-split was evaluated."""
         evaluated = ~np.isnan(self.accuracies[SPLITS.index("out")]).all(axis=0)
         return [domain for domain, was in zip(self.domains, evaluated, strict=True) if was]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A sample that a model gets wrong.
+
+    Attributes:
+        sample: Its file's name, or its number.
+        label: The class that it is of.
+        predicted: The class that it is taken for.
+        probability: How sure the model is of that, in [0, 1].
+        picture: It as a data URI; None where samples are no pictures.
+    """
+
+    sample: str
+    label: str
+    predicted: str
+    probability: float
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class DomainMistakes:
+    """What a model gets wrong on a domain.
+
+    Attributes:
+        confusion: Samples of each true class by predicted class, ``[class, class]``.
+        worst: Those that it is most sure of, in that order.
+    """
+
+    confusion: Sequence[Sequence[int]]
+    worst: Sequence[Mistake]
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """What the model that a run kept gets wrong on the domains that were held out; ``mistakes.json``.
+
+    Attributes:
+        classes: Names of the classes, in the order of the confusions.
+        train_domains: Domains that the run trained on.
+        domains: By held-out domain.
+    """
+
+    classes: Sequence[str]
+    train_domains: Sequence[str]
+    domains: Mapping[str, DomainMistakes]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Mistakes":
+        content = json.loads(text)
+        return cls(
+            content["classes"],
+            content["train_domains"],
+            {
+                name: DomainMistakes(domain["confusion"], [Mistake(**mistake) for mistake in domain["worst"]])
+                for name, domain in content["domains"].items()
+            },
+        )
 
 
 def flat_settings(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

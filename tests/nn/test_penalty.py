@@ -13,7 +13,7 @@ import fishr.nn.penalty
 import oracles
 from cases import LOSSES, TOLERANCE, LossCase, draw_batch, dtypes, indices_of, load_golden, log_cosh_loss
 from fishr.errors import ConfigError, InputError
-from fishr.functional import domain_gradient_variances, loss_residuals, per_sample_losses
+from fishr.functional import domain_gradient_variances, loss_residuals
 from fishr.nn import FishrPenalty
 
 VARIANTS = ("variance", "second_moment", "covariance")

@@ -26,7 +26,8 @@ from fishr.reports.analysis import (
     pair_rows,
     sentences,
 )
-from fishr.reports.figures import figures_of, write_images, write_page
+from fishr.reports.figures import figures_of, write_images
+from fishr.reports.page import analysis_page
 from small_models import CLASSES, small_model, small_samples
 
 NAMES = ("north", "south", "<b>west</b>")
@@ -227,14 +228,20 @@ class Tags(HTMLParser):
 
 
 def test_the_page_needs_no_network_and_takes_names_as_text(analysis, weights, tmp_path):
-    write_page(tmp_path / "page.html", figures_of(analysis, weights), "<b>Toys</b>")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = analysis_page(analysis | {"data": "<b>Toys</b>"}, weights)
     parser = Tags()
     parser.feed(page)
     assert "b" not in {tag for tag, _ in parser.found}
-    assert not [attributes for _, attributes in parser.found if "src" in attributes or "href" in attributes]
-    ids = {attributes.get("id") for _, attributes in parser.found}
-    assert {"distances", "curvature", "checkpoints", "line", "plane"} <= ids
+    used = [attributes.get("src") or attributes.get("href") for _, attributes in parser.found]
+    assert not [address for address in used if address and not address.startswith("#")]
+    plots = [attributes["aria-label"] for _, attributes in parser.found if attributes.get("class") == "plot"]
+    assert plots == [
+        "Distance between domains, relative to size",
+        "Gradient variance and curvature of each weight of the head",
+        "Over the checkpoints of the run",
+        "Risk along the line between the models",
+        "Risk in a random plane; the network is in its middle",
+    ]
     assert "west" in page
     assert "<b>west" not in page
 
@@ -259,14 +266,14 @@ def test_images(analysis, weights, tmp_path, browser):
     ],
 )
 def test_images_without_a_browser(analysis, weights, tmp_path, monkeypatch, error, reason):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     figures = {"line": figures_of(analysis, weights)["line"]}
-    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", fail)
+    monkeypatch.setattr("plotly.io.write_images", fail)
     with pytest.raises(
         ConfigError,
-        match=rf"^line\.png cannot be drawn \({reason}\): it needs pip install 'fishr\[figures\]', and Chrome or Chrom",
+        match=rf"^figures cannot be drawn as png \({reason}\): it needs pip install 'fishr\[figures\]', and Chrome",
     ):
         write_images(tmp_path, figures, ["png"])
     assert list(Path(tmp_path).iterdir()) == []

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
@@ -23,6 +23,9 @@ from fishr.reports.analysis import (
     pair_rows,
     sentences,
 )
+
+if TYPE_CHECKING:
+    from fishr.analysis import Analysis
 
 CONTENT, WEIGHTS, PAGE = "analysis.json", "weights.parquet", "figures.html"
 
@@ -105,25 +108,28 @@ def analyze(
     else:
         _print(content)
     if output is not None:
-        _write(output, content, found.weights(), figures)
+        write_analysis(output, found, figures)
         if not as_json:
             print_line(f"\nNumbers and figures: {output / PAGE}, {CONTENT} and {WEIGHTS} beside it.")
 
 
-def _write(folder: Path, content: Mapping[str, Any], weights: Any, kinds: Sequence[str]) -> None:
+def write_analysis(folder: Path, analysis: "Analysis", kinds: Sequence[str] = ()) -> None:
+    """Write numbers, the page with all figures, and figures of each kind, png or svg, into a folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from fishr.files import write_bytes, write_text
-    from fishr.reports.figures import figures_of, write_images, write_page
+    from fishr.reports.figures import figures_of, write_images
+    from fishr.reports.page import analysis_page
 
-    write_text(folder / CONTENT, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    content, weights = analysis.as_dict(), analysis.weights()
     buffer = pa.BufferOutputStream()
     pq.write_table(weights, buffer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONTENT, json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_bytes(folder / WEIGHTS, buffer.getvalue())
-    drawn = figures_of(content, weights)
-    write_page(folder / PAGE, drawn, f"Analysis of {content['data']}")
-    write_images(folder, drawn, kinds)
+    write_text(folder / PAGE, analysis_page(content, weights))
+    write_images(folder, figures_of(content, weights), kinds)
 
 
 def _print(content: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from fishr.cli.data import data_app
 from fishr.cli.demo import demo
 from fishr.cli.evaluate import evaluate
 from fishr.cli.export import export
+from fishr.cli.page import command_line
 from fishr.cli.predict import predict
 from fishr.cli.report import report
 from fishr.cli.reproduce import reproduce_app
@@ -74,6 +75,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def call(arguments: Sequence[str]) -> int:
     """Run a command with its arguments; usage errors are one line and exit code 2."""
+    command_line.set(tuple(arguments))
     command = get_command(app)
     expanded = with_config_file(command, arguments)
     try:

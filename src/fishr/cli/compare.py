@@ -22,6 +22,7 @@ from fishr.cli.console import (
     run_progress,
     stderr,
 )
+from fishr.cli.page import leave_report
 
 if TYPE_CHECKING:
     from fishr.training import Observer, RunConfig, RunResult
@@ -127,15 +128,16 @@ def compare(
             print_notice(f"hint, one of {len(hints)} from runs of {workflow.title(name)}: {hints[0]}")
     if as_json:
         print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
-        return
-    print_line(comparison_table(outcome.accuracies, workflow.titles(outcome.accuracies)))
-    print_line(outcome.verdict.sentence)
-    print_line(workflow.expectation_sentence(outcome))
-    print_line(workflow.CAPTION)
-    if watcher.trained == 0:
-        print_line(f"All runs were done before; to make them anew, delete {folder}.")
-    chosen = workflow.title(outcome.verdict.chosen)
-    print_line(f"The model of {chosen}, trained on all domains, is in {outcome.model}, the results in {folder}.")
+    else:
+        print_line(comparison_table(outcome.accuracies, workflow.titles(outcome.accuracies)))
+        print_line(outcome.verdict.sentence)
+        print_line(workflow.expectation_of(outcome))
+        print_line(workflow.CAPTION)
+        if watcher.trained == 0:
+            print_line(f"All runs were done before; to make them anew, delete {folder}.")
+        chosen = workflow.title(outcome.verdict.chosen)
+        print_line(f"The model of {chosen}, trained on all domains, is in {outcome.model}, the results in {folder}.")
+    leave_report(folder, quiet=as_json)
 
 
 class Watcher:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import typer
 
+from fishr.cli.analyze import write_analysis
 from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line, print_table
+from fishr.cli.page import leave_report
 
 
 def demo(
@@ -34,12 +36,27 @@ def demo(
     with LiveRuns(colored.TITLES, num_runs=seeds * len(workflow.METHODS), quiet=quiet) as watcher:
         runs = colored.run_methods(setting, workflow.METHODS, range(seeds), output, watcher, device=device)
     content = colored.write_results(output, runs, setting)
+    _analyze(output, device)
     if as_json:
         print_json(content)
-        return
-    spreads = colored.summaries(runs)
-    rows = [(colored.TITLES[method], *map(mean_and_std, spread.mean, spread.std)) for method, spread in spreads.items()]
-    print_table(("accuracy in %", "train", "unseen", "gray"), rows)
-    print_line(workflow.conclusion(spreads["erm"], spreads["fishr"]))
-    print_line(f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.")
-    print_if_done_before(watcher, output)
+    else:
+        spreads = colored.summaries(runs)
+        rows = [
+            (colored.TITLES[method], *map(mean_and_std, spread.mean, spread.std)) for method, spread in spreads.items()
+        ]
+        print_table(("accuracy in %", "train", "unseen", "gray"), rows)
+        print_line(workflow.conclusion(spreads["erm"], spreads["fishr"]))
+        print_line(f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.")
+        print_if_done_before(watcher, output)
+    leave_report(output, quiet=as_json)
+
+
+def _analyze(output: Path, device: str) -> None:
+    """Put the domains side by side in the two models of the first seed, once."""
+    from fishr.analysis import analyze
+    from fishr.data import load_dataset
+
+    folder = output / "analysis"
+    if not folder.exists():
+        dataset = load_dataset("colored-digits", seed=0)
+        write_analysis(folder, analyze([output / "erm-0", output / "fishr-0"], dataset, device=device))

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fishr.files import write_text
 from fishr.registry import unknown
 
 if TYPE_CHECKING:
-    from fishr.reports.run_folders import Found
+    from fishr.reports.run_folders import Found, OnProgress
 
 
 def report(
@@ -34,6 +34,13 @@ def report(
         metavar="FOLDER",
         help="Write the best draw for each held-out domain as YAML, which fishr train --config takes.",
     ),
+    html: Path | None = typer.Option(
+        None, "--html", metavar="FILE", help="Write all that is to be seen as a page, one file that needs no network."
+    ),
+    serve: bool = typer.Option(
+        False, "--serve", help="Serve that page on this machine alone until ^C; it follows the runs."
+    ),
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port of --serve; 0 for any that is free."),
     quiet: bool = Quiet,
 ) -> None:
     """Tables of a sweep's results, or of DomainBed's output folders, or of both together.
@@ -47,6 +54,10 @@ def report(
         fishr report runs/sweep domainbed/output --format latex
 
         fishr report runs/sweep --best-configs best
+
+        fishr report runs/erm runs/fishr runs/analysis --html report.html
+
+        fishr report runs/sweep --serve
     """
     from fishr.reports.benchmark import results
     from fishr.reports.best_configs import best_configs as configs_of
@@ -60,19 +71,55 @@ def report(
         raise unknown("format", output_format, FORMATS)
     if best_configs is not None and selection == "all":
         raise ConfigError("--best-configs needs one --selection")
+    if html is not None or serve:
+        if html is not None and serve:
+            raise ConfigError("--html writes the page, --serve shows it: give one of them")
+        if html is not None:
+            _write_page(html, paths, quiet=quiet)
+        else:
+            _serve(paths, port)
+        return
     with _no_garbage_collection():
-        with run_progress(stderr, disable=quiet or not stderr.is_terminal) as progress:
-            task = progress.add_task("reading runs", losses="")
-            found = read_histories(paths, lambda done, total: progress.update(task, completed=done, total=total))
+        with _reading(quiet=quiet) as on_progress:
+            found = read_histories(paths, on_progress)
         _say_what_is_missing(paths, found)
-        histories = [history for history in found.histories if history.draw == 0 or not fixed_config]
+        of_sweeps = [history for history in found.histories if history.swept]
+        if count := len(found.histories) - len(of_sweeps):
+            print_notice(f"{count:,} runs are of no sweep and left out of the tables: fishr report --html shows them")
+        histories = [history for history in of_sweeps if history.draw == 0 or not fixed_config]
         if not histories:
+            of_sweep = " of a sweep" if found.histories else ""
             of_draw = " of draw 0" if fixed_config else ""
-            raise RunError(f"there is nothing to report: no run{of_draw} has a record")
+            raise RunError(f"there is nothing to report: no run{of_sweep}{of_draw} has a record")
         if best_configs is not None:
             _write(best_configs, configs_of(histories, selection))
         rules = RULES if selection == "all" else (selection,)
         print_line(FORMATS[output_format](results(histories, *rules)).rstrip())
+
+
+def _write_page(file: Path, paths: Sequence[Path], *, quiet: bool) -> None:
+    from fishr.reports.page import write_report
+
+    with _no_garbage_collection(), _reading(quiet=quiet) as on_progress:
+        write_report(file, paths, on_progress)
+    print_line(f"Report: {file}")
+
+
+def _serve(paths: Sequence[Path], port: int) -> None:
+    from fishr.reports.page.serve import Server
+
+    with Server(paths, port) as server:
+        print_line(f"Report: {server.address} (until ^C)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@contextmanager
+def _reading(*, quiet: bool) -> Iterator["OnProgress"]:
+    """A bar of the folders that are read."""
+    with run_progress(stderr, disable=quiet or not stderr.is_terminal) as progress:
+        task = progress.add_task("reading runs", losses="")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

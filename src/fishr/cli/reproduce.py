@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line
+from fishr.cli.page import leave_report
 
 reproduce_app = typer.Typer(no_args_is_help=True, help="Reproduce published experiments.")
 
@@ -58,7 +59,8 @@ def colored_mnist(
     table = workflow.write_table(output, runs, setting)
     if as_json:
         print_json(content)
-        return
-    print_line(table)
-    print_line(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.")
-    print_if_done_before(watcher, output)
+    else:
+        print_line(table)
+        print_line(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.")
+        print_if_done_before(watcher, output)
+    leave_report(output, quiet=as_json)

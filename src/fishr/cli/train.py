@@ -17,6 +17,7 @@ from fishr.cli.console import (
     print_table,
     progress_of_run,
 )
+from fishr.cli.page import leave_report
 from fishr.errors import ConfigError
 
 
@@ -83,6 +84,7 @@ def train(
 
         fishr train --data colored-digits --algorithm fishr --set penalty_weight=100 switch_on=0.4 --steps 500
     """
+    from fishr.deploy import keep_mistakes
     from fishr.training import AverageConfig, RunConfig
     from fishr.training import train as train_run
 
@@ -122,6 +124,7 @@ def train(
         result = train_run(
             config, dataset, folder, weights=weights, device=device, snapshots=snapshots, observer=observer
         )
+    keep_mistakes(folder, dataset, device=device)
     for hint in result.hints:
         print_notice(f"hint: {hint}")
     kept = result.kept
@@ -140,6 +143,7 @@ def train(
                 "hints": result.hints,
             }
         )
+        leave_report(folder, quiet=True)
         return
     rows = []
     for domain, splits in kept.domains.items():
@@ -153,3 +157,4 @@ def train(
     print_line(
         f"{said}: accuracy in % of the model kept (step {kept.step} of {config.steps}); model in {folder / 'model'}."
     )
+    leave_report(folder)

@@ -91,6 +91,8 @@ class MultiDomainDataset:
             ``[sample]``.
         groups: For domains with samples that belong together, such as those of a patient: the group of each, int64
             ``[sample]``, with the same meaning in all domains. A group never lies on both sides of a split.
+        flattened: ``(channels, rows, columns)`` of the images whose pixels, in [0, 1], the inputs are; None where they
+            are something else.
         published: Whether it is a benchmark with published hyperparameters, which are the defaults on it then.
 
     Raises:
@@ -108,6 +110,7 @@ class MultiDomainDataset:
     options: Mapping[str, Any] = field(default_factory=dict)
     fixed_out: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     groups: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    flattened: tuple[int, int, int] | None = None
     published: bool = False
 
     def __post_init__(self) -> None:

@@ -198,6 +198,7 @@ def _irm_dataset(
             generator=_generator(seed, 1 + domain),
         )
         domains[domain_name] = Samples(inputs.flatten(1), targets)
+        shape = inputs.shape[1:]
     uncolored = torch.from_numpy(_in_unit_interval(parts["-90%"].images[:subset], white)).flatten(1)
     domains["gray"] = Samples(torch.cat([uncolored, uncolored], 1), domains["-90%"].targets)
     return MultiDomainDataset(
@@ -208,6 +209,7 @@ def _irm_dataset(
         test_domain="-90%",
         binary=True,
         evaluation_only=frozenset({"gray"}),
+        flattened=(shape[0], shape[1], shape[2]),
     )
 
 

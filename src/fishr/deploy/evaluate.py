@@ -50,11 +50,15 @@ class DomainEvaluation(Scores):
     Attributes:
         samples: Number of samples.
         confusion: Samples of each true class by predicted class, int64 ``[class, class]``.
+        predictions: The most probable class of each sample, int64 ``[sample]``.
+        confidences: Its probability, ``[sample]``.
         role: What the domain was in the training of the model; None where that is not known.
     """
 
     samples: int
     confusion: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    confidences: NDArray[np.float64]
     role: Role | None
 
 
@@ -235,6 +239,8 @@ def _domain_evaluation(
         calibration_error=calibration_error(confidences, correct),
         samples=len(targets),
         confusion=confusion,
+        predictions=predictions,
+        confidences=confidences,
         role=role,
     )
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtrit
 
-from fishr.reports.tables import markdown_table, mean_and_std
+from fishr.reports.tables import markdown_table, mean_and_std, one_line
 
 Accuracies = Mapping[str, Mapping[str, Sequence[float]]]
 
@@ -137,8 +137,19 @@ def verdict(accuracies: Accuracies, titles: Mapping[str, str]) -> Verdict:
     )
 
 
-def comparison_table(accuracies: Accuracies, titles: Mapping[str, str]) -> str:
-    """Markdown: accuracy in %, mean ± standard error over seeds, on each held-out domain and over them."""
+def expectation_sentence(expected: Expectation, chosen: str, num_domains: int, titles: Mapping[str, str]) -> str:
+    """What to expect of the algorithm chosen on an unseen domain, in words."""
+    chosen_by = "" if chosen == BASELINE else " It was chosen by these accuracies, so expect a little less."
+    return (
+        f"On a domain like these that it has not seen, expect of {titles[chosen]} an accuracy of about "
+        f"{expected.mean:.0%}: {expected.worst:.0%} was the lowest of {num_domains} "
+        f"({one_line(expected.worst_domain)}). If domains vary as these do, one more lies between {expected.low:.0%} "
+        f"and {expected.high:.0%} with a probability of 95%.{chosen_by}"
+    )
+
+
+def comparison_cells(accuracies: Accuracies, titles: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: accuracy in %, mean ± standard error over seeds, on each held-out domain and over them."""
     compared = differences(accuracies)
     domains = list(next(iter(accuracies.values())))
     header = ["held out", *domains, "mean", "worst", f"difference to {titles[BASELINE]}"]
@@ -155,7 +166,12 @@ def comparison_table(accuracies: Accuracies, titles: Mapping[str, str]) -> str:
                 _interval(compared[name]) if name in compared else "",
             ]
         )
-    return markdown_table(header, rows)
+    return header, rows
+
+
+def comparison_table(accuracies: Accuracies, titles: Mapping[str, str]) -> str:
+    """:func:`comparison_cells` as Markdown."""
+    return markdown_table(*comparison_cells(accuracies, titles))
 
 
 def _mean_and_error(values: Sequence[float]) -> str:

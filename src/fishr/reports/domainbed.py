@@ -46,6 +46,7 @@ def history(folder: Path, records: Sequence[Mapping[str, Any]]) -> RunHistory:
         dataset=dataset,
         algorithm=algorithm_name(args["algorithm"]),
         test_domains=tuple(domains[number] for number in args["test_envs"]),
+        swept=True,
         draw=args["hparams_seed"],
         trial=args["trial_seed"],
         hparams=records[0]["hparams"],

@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io
 import pyarrow as pa
 import pyarrow.compute as pc
 from plotly.subplots import make_subplots
 
 from fishr.errors import ConfigError
-from fishr.files import write_bytes, write_text
 from fishr.reports.analysis import QUANTITIES, inconsistency, inconsistency_kind, mean_distance
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-"""Colours that colour-blind readers tell apart (Okabe and Ito, 2002)."""
-
-DASHES = ("solid", "dash", "dot", "dashdot")
+from fishr.reports.palette import DASHES, PALETTE
 
 MOST_POINTS = 1000
 """Weights that a scatter plot shows of a domain, evenly spread over all."""
@@ -191,36 +187,29 @@ def plane_figure(analysis: Mapping[str, Any]) -> go.Figure:
     return _laid_out(figure, "Risk in a random plane; the network is in its middle", len(models))
 
 
-def write_page(path: Path, figures: Mapping[str, go.Figure], title: str) -> None:
-    """One HTML file with all figures, which needs no network."""
-    parts = [
-        figure.to_html(full_html=False, include_plotlyjs=number == 0, div_id=name)
-        for number, (name, figure) in enumerate(figures.items())
-    ]
-    body = "\n".join(parts)
-    write_text(
-        path,
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{_text(title)}</title>\n{body}\n</html>\n',
-    )
-
-
 def write_images(folder: Path, figures: Mapping[str, go.Figure], kinds: Sequence[str]) -> None:
     """Each figure as a file of each kind, ``png`` or ``svg``, named by it.
 
     Raises:
         ConfigError: kaleido, or the browser it draws with, is missing or failed.
     """
-    for name, figure in figures.items():
-        for kind in kinds:
-            try:
-                image = figure.to_image(kind)
-            except Exception as error:  # kaleido's have no class in common
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                raise ConfigError(
-                    f"{name}.{kind} cannot be drawn ({reason}): it needs pip install 'fishr[figures]', and Chrome or "
-                    "Chromium"
-                ) from error
-            write_bytes(folder / f"{name}.{kind}", image)
+    wanted = [(figure, folder / f"{name}.{kind}") for name, figure in figures.items() for kind in kinds]
+    if not wanted:
+        return
+    drawn, files = zip(*wanted, strict=True)
+    try:
+        plotly.io.write_images(  # all by one browser
+            list(drawn),
+            list(files),
+            width=[figure.layout.width for figure in drawn],
+            height=[figure.layout.height for figure in drawn],
+        )
+    except Exception as error:  # kaleido's have no class in common
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"figures cannot be drawn as {' and '.join(kinds)} ({reason}): it needs pip install 'fishr[figures]', and "
+            "Chrome or Chromium"
+        ) from error
 
 
 def _mean_accuracy(head: Mapping[str, Any], names: Sequence[str]) -> float:

@@ -34,6 +34,11 @@ class Table:
     remarks: Sequence[str]
 
 
+def caption(results: Results) -> str:
+    """What the numbers in the tables are."""
+    return CAPTION.format(draws=ONE_DRAW.format(*results.draws) if len(results.draws) == 1 else DRAWS)
+
+
 def tables(results: Results) -> Iterator[Table]:
     """One table for each dataset, and the averages where there are several; the last one has the ranks."""
     several = len(results.datasets) > 1
@@ -87,8 +92,7 @@ def _joined(
         parts += [heading(table.title), table_of(table.header, table.rows)]
         if table.remarks:
             parts.append("\n".join(f"{comment}- {remark}" for remark in table.remarks))
-    caption = CAPTION.format(draws=ONE_DRAW.format(*results[0].draws) if len(results[0].draws) == 1 else DRAWS)
-    return "\n\n".join([*parts, comment + caption]) + "\n"
+    return "\n\n".join([*parts, comment + caption(results[0])]) + "\n"
 
 
 def as_csv(results: Sequence[Results]) -> str:

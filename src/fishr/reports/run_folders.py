@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         "dataset": pa.string(),
         "algorithm": pa.string(),
         "test_domains": pa.list_(pa.string()),
+        "swept": pa.bool_(),
         "draw": pa.int64(),
         "trial": pa.int64(),
         "hparams": pa.string(),
@@ -49,7 +50,7 @@ SCHEMA = pa.schema(
         "hours": pa.float64(),
         "done": pa.bool_(),
     },
-    {"format": "2"},
+    {"format": "3"},
 )
 JUST_NOW_NS = 2 * 10**9
 CHUNK = 500
@@ -214,8 +215,6 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
 def _history(folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> RunHistory:
     if config["format"] != FORMAT:
         raise _UnreadableError(f"written by another version of fishr (format {config['format']}, not {FORMAT})")
-    if config.get("draw") is None:
-        raise _UnreadableError("made by no sweep: its config has no draw")
     domains = tuple(records[0]["domains"])
     steps = np.array([record["step"] for record in records])
     durations = np.array([record["seconds_per_step"] for record in records]) * np.diff(steps, prepend=0)
@@ -224,7 +223,8 @@ def _history(folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[
         dataset=config["data"],
         algorithm=config["algorithm"],
         test_domains=tuple(config["test_domains"]),
-        draw=config["draw"],
+        swept=config.get("draw") is not None,
+        draw=config.get("draw") or 0,
         trial=config["trial"],
         hparams=config["hparams"],
         protocol={MAKER: "fishr"} | {name: value for name, value in config.items() if name not in OF_ONE_RUN},

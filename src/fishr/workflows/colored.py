@@ -18,6 +18,7 @@ from statistics import fmean, pstdev
 from typing import Any, Protocol
 
 from fishr.data import MultiDomainDataset, load_dataset
+from fishr.deploy import keep_mistakes
 from fishr.files import write_text
 from fishr.models.build import ModelConfig
 from fishr.records import RunRecord
@@ -157,6 +158,7 @@ def run_methods(
             config = method_config(setting, method, dataset, seed)
             with watcher.run(method, seed) as observer:
                 result = train(config, dataset, folder / f"{method}-{seed}", device=device, observer=observer)
+            keep_mistakes(result.folder, dataset, device=device)
             run = _outcome(method, seed, result.records)
             runs.append(run)
             watcher.on_result(run)

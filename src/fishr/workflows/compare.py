@@ -23,11 +23,12 @@ from typing import Any, Literal, Protocol, get_args
 from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.penalized import RECOMMENDED_STRENGTH
 from fishr.data.base import Kind, MultiDomainDataset
+from fishr.deploy import keep_mistakes
 from fishr.errors import ConfigError, NonFiniteLossError, RunError
 from fishr.files import new_folder, write_text
 from fishr.models.build import ModelConfig
 from fishr.models.saved import SavedModel, load_model, save_model
-from fishr.records import RunRecord, settings_that_differ
+from fishr.records import MADE_BY_FILE, RunRecord, settings_that_differ
 from fishr.registry import unknown
 from fishr.reports.comparison import (
     BASELINE,
@@ -37,8 +38,10 @@ from fishr.reports.comparison import (
     comparison_table,
     differences,
     expectation,
+    expectation_sentence,
     verdict,
 )
+from fishr.reports.page import REPORT
 from fishr.reports.tables import one_line
 from fishr.space import Distribution, LogUniform, draw
 from fishr.training import AverageConfig, Observer, RunConfig, RunCost, RunResult, measure_cost, train
@@ -253,6 +256,8 @@ class _Comparison:
                     self.held_out(name, choices[name][domain].draw, seed, domain)
                     for seed in range(self.plan.extent.seeds)
                 ]
+                chosen = self.run(name, choices[name][domain].draw, 0, (domain,))
+                keep_mistakes(chosen.folder, self.dataset, device=self.device)
         said = verdict(accuracies, titles(accuracies))
         expected = expectation(accuracies[said.chosen])
         outcome = Outcome(accuracies, choices, self.hints(), said, expected, self.folder / "model")
@@ -462,6 +467,7 @@ class _Comparison:
                 for name, of_domains in outcome.choices.items()
             },
             "differences": {name: asdict(value) for name, value in differences(outcome.accuracies).items()},
+            "titles": titles(outcome.accuracies),
             "verdict": asdict(outcome.verdict),
             "unseen_domain": asdict(outcome.expectation),
             "hints": outcome.hints,
@@ -480,7 +486,7 @@ class _Comparison:
         paragraphs = [
             f"# Comparison on {one_line(self.dataset.name)}",
             outcome.verdict.sentence,
-            expectation_sentence(outcome),
+            expectation_of(outcome),
             comparison_table(outcome.accuracies, titles(outcome.accuracies)),
             f"{CAPTION} Every run: {extent}{reduced}. {hyperparameters}",
         ]
@@ -510,16 +516,11 @@ def titles(algorithms: Iterable[str]) -> dict[str, str]:
     return {name: title(name) for name in algorithms}
 
 
-def expectation_sentence(outcome: Outcome) -> str:
+def expectation_of(outcome: Outcome) -> str:
     """What to expect on an unseen domain, in words."""
-    expected, chosen = outcome.expectation, outcome.verdict.chosen
-    num_domains = len(outcome.accuracies[chosen])
-    chosen_by = "" if chosen == BASELINE else " It was chosen by these accuracies, so expect a little less."
-    return (
-        f"On a domain like these that it has not seen, expect of {title(chosen)} an accuracy of about "
-        f"{expected.mean:.0%}: {expected.worst:.0%} was the lowest of {num_domains} "
-        f"({one_line(expected.worst_domain)}). If domains vary as these do, one more lies between {expected.low:.0%} "
-        f"and {expected.high:.0%} with a probability of 95%.{chosen_by}"
+    chosen = outcome.verdict.chosen
+    return expectation_sentence(
+        outcome.expectation, chosen, len(outcome.accuracies[chosen]), titles(outcome.accuracies)
     )
 
 
@@ -555,4 +556,5 @@ def _read_plan(file: Path) -> _EarlierPlan:
 
 def _is_of_comparison(path: Path) -> bool:
     """What stays when somebody deletes the plan, or a process was killed while it wrote the plan."""
-    return path.name in (RUNS, "results.json", "results.md", "model") or path.name.startswith(f".{PLAN}.")
+    known = (RUNS, "results.json", "results.md", "model", MADE_BY_FILE, REPORT)
+    return path.name in known or path.name.startswith(f".{PLAN}.")

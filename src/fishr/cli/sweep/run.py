@@ -12,6 +12,7 @@ from rich.progress import TaskID
 from fishr.cli import options
 from fishr.cli.config_file import ConfigFile
 from fishr.cli.console import DataRoot, Device, Quiet, print_line, print_notice, run_progress, stderr
+from fishr.cli.page import leave_report
 from fishr.errors import ConfigError, RunInterruptedError
 from fishr.records import DONE_FILE
 from fishr.registry import unknown
@@ -219,6 +220,8 @@ def run(
             signalled.signal_number or signal.SIGTERM,
         )
     print_line(f"{count(watcher.counts['done'], 'run')} done; tables: fishr report {output}")
+    if watcher.counts["done"]:
+        leave_report(output)
     if failed := watcher.counts["failed"]:
         print_notice(
             f"{count(failed, 'run')} failed: fishr sweep status {output} says why; after fishr sweep retry {output} "

@@ -1,0 +1,115 @@
+"use strict";
+
+// Charts are drawn when they come into view; their colors follow the page's.
+const charts = new Map();
+for (const plot of document.querySelectorAll(".plot")) {
+  charts.set(plot, JSON.parse(plot.closest("figure").querySelector("script").textContent));
+}
+
+function withColors(layout) {
+  const style = getComputedStyle(document.documentElement);
+  const color = (name) => style.getPropertyValue(name).trim();
+  const themed = {
+    ...layout,
+    paper_bgcolor: color("--page"),
+    plot_bgcolor: color("--page"),
+    font: { ...layout.font, color: color("--text") },
+  };
+  for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
+    themed[name] = {
+      ...layout[name],
+      gridcolor: color("--line"),
+      zerolinecolor: color("--line"),
+      linecolor: color("--line"),
+    };
+  }
+  return themed;
+}
+
+function isShown(plot, trace) {
+  const boxes = plot.closest(".group").querySelectorAll(".toggles input");
+  return [...boxes].every((box) => box.checked || box.value !== trace.meta);
+}
+
+function draw(plot) {
+  const { data, layout } = charts.get(plot);
+  const traces = data.map((trace) => ({ ...trace, visible: isShown(plot, trace) }));
+  plot.dataset.drawn = "";
+  return Plotly.react(plot, traces, withColors(layout), { responsive: true, displaylogo: false });
+}
+
+const inView = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries.filter((each) => each.isIntersecting)) {
+      inView.unobserve(entry.target);
+      draw(entry.target);
+    }
+  },
+  { rootMargin: "300px" },
+);
+charts.forEach((_, plot) => inView.observe(plot));
+
+function drawAgain() {
+  charts.forEach((_, plot) => "drawn" in plot.dataset && draw(plot));
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);
+addEventListener("beforeprint", () => {
+  document.querySelectorAll("details.group").forEach((group) => (group.open = true));
+  charts.forEach((_, plot) => draw(plot));
+});
+addEventListener("afterprint", drawAgain);
+
+for (const toggles of document.querySelectorAll(".toggles")) {
+  toggles.addEventListener("change", () => {
+    toggles.closest(".group").querySelectorAll(".plot[data-drawn]").forEach(draw);
+  });
+}
+
+// Tables are sorted by the column whose heading is pressed; once more turns the order round.
+function sortKey(row, column) {
+  const text = row.cells[column].textContent.trim();
+  const number = Number.parseFloat(text.replace(/,/g, ""));
+  return Number.isNaN(number) ? text : number;
+}
+
+function compare(one, other) {
+  if (typeof one === typeof other) {
+    return typeof one === "number" ? one - other : one.localeCompare(other);
+  }
+  return typeof one === "number" ? 1 : -1;
+}
+
+for (const button of document.querySelectorAll(".sortable thead button")) {
+  button.addEventListener("click", () => {
+    const heading = button.closest("th");
+    const body = heading.closest("table").tBodies[0];
+    const ascending = heading.getAttribute("aria-sort") === "descending";
+    for (const other of heading.parentNode.children) {
+      other.removeAttribute("aria-sort");
+    }
+    heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    const sign = ascending ? 1 : -1;
+    const column = heading.cellIndex;
+    const sorted = [...body.rows].sort((a, b) => sign * compare(sortKey(a, column), sortKey(b, column)));
+    body.append(...sorted);
+  });
+}
+
+// A page that is served while runs are made looks for news, and keeps what the reader has opened.
+if ("live" in document.body.dataset) {
+  const groups = [...document.querySelectorAll("details")];
+  const kept = JSON.parse(sessionStorage.getItem("open") || "[]");
+  if (kept.length === groups.length) {
+    groups.forEach((group, index) => (group.open = kept[index]));
+  }
+  let version;
+  setInterval(async () => {
+    const response = await fetch("version", { cache: "no-store" }).catch(() => undefined);
+    const latest = response && response.ok ? await response.text() : version;
+    if (version !== undefined && latest !== version) {
+      sessionStorage.setItem("open", JSON.stringify(groups.map((group) => group.open)));
+      location.reload();
+    }
+    version = latest;
+  }, 3000);
+}
