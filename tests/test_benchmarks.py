@@ -163,6 +163,13 @@ def test_report_scale_writes_time_and_memory(script, tmp_path):
     assert [goal.bound for goal in script("report_scale").goals(results)] == [60, 5, 2]
 
 
+def test_report_page_is_small_and_opens(script, browser, tmp_path):
+    results = run(script, "report_page", tmp_path)
+    assert results["runs"] == 1000
+    assert 0 < results["megabytes"] < 20
+    assert 0 < results["seconds to open"] < results["seconds to the first chart"]
+
+
 def test_strength_compares_forms_with_erm(script, data_root, tmp_path, monkeypatch):
     strength = script("strength")
     monkeypatch.setenv("FISHR_CACHE", str(tmp_path / "cache"))

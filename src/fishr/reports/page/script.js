@@ -1,10 +1,7 @@
 "use strict";
 
-// Charts are drawn when they come into view; their colors follow the page's.
-const charts = new Map();
-for (const plot of document.querySelectorAll(".plot")) {
-  charts.set(plot, JSON.parse(plot.closest("figure").querySelector("script").textContent));
-}
+// Charts are read and drawn when they come into view; their colors follow the page's.
+const plots = document.querySelectorAll(".plot");
 
 function withColors(layout) {
   const style = getComputedStyle(document.documentElement);
@@ -32,7 +29,7 @@ function isShown(plot, trace) {
 }
 
 function draw(plot) {
-  const { data, layout } = charts.get(plot);
+  const { data, layout } = JSON.parse(plot.closest("figure").querySelector("script").textContent);
   const traces = data.map((trace) => ({ ...trace, visible: isShown(plot, trace) }));
   plot.dataset.drawn = "";
   return Plotly.react(plot, traces, withColors(layout), { responsive: true, displaylogo: false });
@@ -47,15 +44,15 @@ const inView = new IntersectionObserver(
   },
   { rootMargin: "300px" },
 );
-charts.forEach((_, plot) => inView.observe(plot));
+plots.forEach((plot) => inView.observe(plot));
 
 function drawAgain() {
-  charts.forEach((_, plot) => "drawn" in plot.dataset && draw(plot));
+  document.querySelectorAll(".plot[data-drawn]").forEach(draw);
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details.group").forEach((group) => (group.open = true));
-  charts.forEach((_, plot) => draw(plot));
+  plots.forEach(draw);
 });
 addEventListener("afterprint", drawAgain);
 
