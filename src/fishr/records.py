@@ -90,7 +90,7 @@ def read_records(path: Path) -> list[RunRecord]:
 
 @dataclass(frozen=True, eq=False)
 class RunHistory:
-    """What one run of a sweep recorded, as arrays.
+    """What one run recorded, as arrays.
 
     Attributes:
         folder: Where the run lies.

@@ -137,7 +137,7 @@ def compare(
             print_line(f"All runs were done before; to make them anew, delete {folder}.")
         chosen = workflow.title(outcome.verdict.chosen)
         print_line(f"The model of {chosen}, trained on all domains, is in {outcome.model}, the results in {folder}.")
-    leave_report(folder, quiet=as_json)
+    leave_report(folder, made=watcher.trained > 0, quiet=as_json)
 
 
 class Watcher:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from fishr.cli.analyze import write_analysis
+from fishr.cli.analyze import CONTENT, write_analysis
 from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line, print_table
 from fishr.cli.page import leave_report
 
@@ -48,7 +48,7 @@ def demo(
         print_line(workflow.conclusion(spreads["erm"], spreads["fishr"]))
         print_line(f"Mean ± standard deviation over seeds (here {seeds}); written to {output / 'results.json'}.")
         print_if_done_before(watcher, output)
-    leave_report(output, quiet=as_json)
+    leave_report(output, made=watcher.trained > 0, quiet=as_json)
 
 
 def _analyze(output: Path, device: str) -> None:
@@ -57,6 +57,6 @@ def _analyze(output: Path, device: str) -> None:
     from fishr.data import load_dataset
 
     folder = output / "analysis"
-    if not folder.exists():
+    if not (folder / CONTENT).exists():
         dataset = load_dataset("colored-digits", seed=0)
         write_analysis(folder, analyze([output / "erm-0", output / "fishr-0"], dataset, device=device))

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fishr.cli.console import print_line, print_notice
+from fishr.errors import FishrError
 from fishr.files import write_text
 from fishr.records import MADE_BY_FILE
 
@@ -15,10 +16,15 @@ command_line: ContextVar[tuple[str, ...]] = ContextVar("command_line")
 """The arguments of the command that runs."""
 
 
-def leave_report(folder: Path, *, quiet: bool = False) -> None:
-    """Write what made the folder, and its report; print where that is, unless ``quiet``.
+def leave_report(folder: Path, *, made: bool, quiet: bool = False) -> None:
+    """Write what made the folder, and its report, and print where that is.
 
     The work is done by then: a report that cannot be written is no error.
+
+    Args:
+        folder: The folder.
+        made: Whether this command made runs; else who made it before is left as it is.
+        quiet: Print nothing.
     """
     from fishr.reports.page import REPORT, write_report
 
@@ -27,10 +33,11 @@ def leave_report(folder: Path, *, quiet: bool = False) -> None:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("fishr", "torch")}},
     }
     try:
-        write_text(folder / MADE_BY_FILE, json.dumps(made_by, indent=2) + "\n")
+        if made:
+            write_text(folder / MADE_BY_FILE, json.dumps(made_by, indent=2) + "\n")
         write_report(folder / REPORT, [folder])
-    except OSError as error:
-        print_notice(f"warning: the report in {folder} could not be written: {error.strerror or error}")
+    except (OSError, FishrError) as error:
+        print_notice(f"warning: the report in {folder} could not be written: {error}")
         return
     if not quiet:
         print_line(f"Report: {folder / REPORT}")

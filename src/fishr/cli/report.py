@@ -74,6 +74,11 @@ def report(
     if html is not None or serve:
         if html is not None and serve:
             raise ConfigError("--html writes the page, --serve shows it: give one of them")
+        if best_configs is not None or fixed_config or selection != "training" or output_format != "text":
+            raise ConfigError(
+                "the page holds all rules: --html and --serve go without --selection, --format, --fixed-config and "
+                "--best-configs"
+            )
         if html is not None:
             _write_page(html, paths, quiet=quiet)
         else:

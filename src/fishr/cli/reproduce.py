@@ -63,4 +63,4 @@ def colored_mnist(
         print_line(table)
         print_line(f"Accuracy in %, mean ± standard deviation over restarts; written to {output}.")
         print_if_done_before(watcher, output)
-    leave_report(output, quiet=as_json)
+    leave_report(output, made=watcher.trained > 0, quiet=as_json)

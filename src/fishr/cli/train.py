@@ -143,7 +143,7 @@ def train(
                 "hints": result.hints,
             }
         )
-        leave_report(folder, quiet=True)
+        leave_report(folder, made=result.trained, quiet=True)
         return
     rows = []
     for domain, splits in kept.domains.items():
@@ -157,4 +157,4 @@ def train(
     print_line(
         f"{said}: accuracy in % of the model kept (step {kept.step} of {config.steps}); model in {folder / 'model'}."
     )
-    leave_report(folder)
+    leave_report(folder, made=result.trained)

@@ -6,5 +6,15 @@ a dark page."""
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star", "pentagon")
-"""One more than colors, so that both together come again late."""
+GLYPHS = {
+    "circle": "●",
+    "square": "■",
+    "diamond": "◆",
+    "triangle-up": "▲",
+    "cross": "✚",
+    "x": "✖",
+    "triangle-down": "▼",
+    "star": "★",
+    "pentagon": "⬟",
+}
+"""Symbols of plotly, and what they look like; one more than colors, so that both together come again late."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from fishr.data.base import MultiDomainDataset
+from fishr.deploy import keep_mistakes
 from fishr.errors import FishrError, RunBusyError, RunInterruptedError
 from fishr.files import write_text
 from fishr.records import FAILED_FILE
@@ -97,7 +98,9 @@ def make_run(order: Order) -> Outcome:
         reason = str(error) if isinstance(error, FishrError) else f"{type(error).__name__}: {error}"
         return note_failure(order.folder, reason, traceback.format_exc())
     (order.folder / FAILED_FILE).unlink(missing_ok=True)
-    if trained and not order.keep_model:
+    if order.keep_model:
+        keep_mistakes(order.folder, dataset, device=order.device)
+    elif trained:
         shutil.rmtree(order.folder / "model")
     return Outcome("done")
 

@@ -557,4 +557,4 @@ def _read_plan(file: Path) -> _EarlierPlan:
 def _is_of_comparison(path: Path) -> bool:
     """What stays when somebody deletes the plan, or a process was killed while it wrote the plan."""
     known = (RUNS, "results.json", "results.md", "model", MADE_BY_FILE, REPORT)
-    return path.name in known or path.name.startswith(f".{PLAN}.")
+    return path.name in known or path.name.startswith(".")

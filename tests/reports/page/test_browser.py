@@ -80,12 +80,21 @@ def test_colors_follow_the_reader(open_page, sweep):
 
 def test_print_is_light_and_complete(open_page, sweep):
     page = open_page(sweep, scheme="dark")
-    page.emulate_media(media="print", color_scheme="dark")
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details.group:not([open])").count() == 0
+    color = "getComputedStyle(document.querySelector('.xtitle')).fill"
+    page.evaluate("addEventListener('beforeprint', () => (window.inPrint = " + color + "))")
+    folded = page.locator("details.group:not([open])").count()
+    assert folded > 0
+    page.pdf()
+    assert page.evaluate("inPrint") == "rgb(0, 0, 0)"
     assert page.locator(".plot[data-drawn]").count() == page.locator(".plot").count()
+    assert page.locator("details.group:not([open])").count() == folded
+    page.wait_for_function(color + " === 'rgb(230, 237, 243)'")
+
+    page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden()
+    assert page.locator(".toggles input").first.is_hidden()
+    assert page.locator(".toggles").first.is_visible()  # the legend
 
 
 def test_tables_are_sorted_by_keyboard(open_page, sweep):
@@ -156,7 +165,6 @@ def test_a_page_that_is_served_follows_the_runs(open_page, tmp_path, monkeypatch
         page = open_page(server.address)
         assert page.locator("#runs tbody tr").count() == 1
         page.locator("#curves summary").first.click()
-        page.wait_for_timeout(3500)  # until it has asked for the version once
         write_run(tmp_path / "runs" / "second", draw=None, trial=1)
         page.locator("#runs tbody tr").nth(1).wait_for(timeout=15_000)
         assert not page.locator("#curves details.group").first.evaluate("(group) => group.open")

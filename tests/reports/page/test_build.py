@@ -87,7 +87,7 @@ def test_a_sweep_whose_runs_are_missing_gives_no_verdict(tmp_path):
     for folder in tmp_path.glob("fishr-south-*"):
         (folder / "metrics.jsonl").unlink()
     page = page_of([tmp_path])
-    assert page.answer == ["toys: no verdict, as no trial has all runs; the tables say what there is."]
+    assert page.answer == ["toys: no verdict, as trials of fishr are missing; see the tables."]
     assert "folders count for nothing" in section(page, "reproduce").text[1]
 
 
@@ -96,7 +96,11 @@ def test_learning_curves_are_means_with_bands(tmp_path):
     write_run(tmp_path / "b", "erm", trial=1, accuracies=(0.5, 0.8))
     (group,) = section(page_of([tmp_path]), "curves").groups
     assert group.title == "toys, held out: west"
-    assert [chart.title for chart in group.charts] == ["west (held out)", "north (out-split)", "south (out-split)"]
+    assert [chart.title for chart in group.charts] == [
+        "west (held out)",
+        "north (trained on, out-split)",
+        "south (trained on, out-split)",
+    ]
     low, high, mean = group.charts[0].figure["data"]
     assert [low["y"], mean["y"], high["y"]] == [
         pytest.approx([30, 50]),
@@ -152,7 +156,7 @@ def test_single_runs_show_what_their_models_get_wrong(tmp_path):
     assert (confusion.title, confusion.counts) == ("erm on west of toys, 2 runs added up", [[2, 6], [0, 2]])
     (gallery,) = section(page, "mistakes").galleries
     assert gallery.pictures[0].caption == "0.png: cat, taken for dog (97%)"
-    text = Text(rendered(page, live=False)).text
+    text = Text(rendered(page)).text
     assert "6 75 %" in text
 
 
@@ -165,7 +169,7 @@ def test_many_classes_are_told_by_their_largest_confusions(tmp_path):
     classes = tuple(f"class {number}" for number in range(MOST_CLASSES + 1))
     run = write_run(tmp_path / "run", draw=None)
     (run / "mistakes.json").write_text(mistakes_of(classes=classes).to_json())
-    text = Text(rendered(page_of([run]), live=False)).text
+    text = Text(rendered(page_of([run]))).text
     assert "31 classes; the most frequent mistakes:" in text
     assert "class 0, taken for class 1: 3" in text
 
@@ -188,7 +192,7 @@ def test_a_comparison_says_its_verdict(tmp_path):
     assert page.answer[1].startswith(
         "On a domain like these that it has not seen, expect of Fishr an accuracy of about 55%"
     )
-    (table,) = section(page, "comparison").tables
+    (table,) = section(page, "results-0").tables
     assert [row[0] for row in table.rows] == ["ERM", "Fishr"]
 
 
@@ -196,7 +200,7 @@ def test_a_comparison_says_its_verdict(tmp_path):
     ("unseen", "sure"),
     [
         ({"erm": [10, 20], "fishr": [60, 70]}, "; its lowest of 2 seeds lies above the highest of all others."),
-        ({"erm": [10, 65], "fishr": [60, 70]}, "; some of its 2 seeds lie below some of the others."),
+        ({"erm": [10, 65], "fishr": [60, 70]}, "; not all of its 2 seeds lie above all of the others."),
         ({"erm": [10], "fishr": [60]}, "; a single seed says little."),
         ({"fishr": [60, 70]}, "highest accuracy: 65.0 %."),
     ],
@@ -223,7 +227,7 @@ def test_how_to_make_it_again(tmp_path):
 
 def test_a_run_that_has_begun_is_shown(tmp_path):
     page = page_of([write_run(tmp_path / "run", draw=None, done=False)])
-    assert page.answer == ["No run is finished yet."]
+    assert page.answer == ["So far, with 0 of 1 runs finished:", "nothing can be said yet."]
     assert section(page, "curves")
 
 
@@ -241,6 +245,80 @@ def test_damaged_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text('{"runs": [')
     with pytest.raises(RunError, match=r"results\.json cannot be read .*: make it anew, or delete it"):
         page_of([tmp_path])
+    (tmp_path / "results.json").write_text('{"accuracy": 1.0}')  # of something else
+    assert page_of([tmp_path]).sections
+
+
+@pytest.mark.parametrize("name", ["mistakes.json", "DONE"])
+def test_damaged_files_of_a_run_are_named(tmp_path, name):
+    run = write_run(tmp_path / "run", draw=None)
+    (run / name).write_text('{"classes"')
+    with pytest.raises(
+        RunError, match=rf"run/{name} cannot be read \(JSONDecodeError: .*\): make it anew, or delete it"
+    ):
+        page_of([run])
+
+
+def test_an_algorithm_without_all_trials_is_left_out_of_the_verdict(tmp_path):
+    write_sweep(tmp_path / "sweep")
+    write_run(tmp_path / "stray", "irm")
+    page = page_of([tmp_path])
+    assert page.answer[0].startswith("toys: fishr is better than erm")
+    assert page.answer[0].endswith(" Left out, as trials are missing: irm.")
+
+
+def test_runs_that_differ_in_their_domains_are_drawn_where_they_have_them(tmp_path):
+    write_run(tmp_path / "a", "erm")
+    write_run(tmp_path / "b", "fishr", domains=(*DOMAINS, "east"))
+    (group,) = section(page_of([tmp_path]), "curves").groups
+    assert [chart.title for chart in group.charts][-1] == "east (trained on, out-split)"
+    assert [len(chart.figure["data"]) for chart in group.charts] == [2, 2, 2, 1]
+
+
+def test_many_domains_have_a_chart_each_where_they_are_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("fishr.reports.page.charts.MOST_CURVES", 8)
+    groups = section(page_of([write_sweep(tmp_path)]), "curves").groups
+    assert [[chart.title for chart in group.charts] for group in groups] == [[f"{name} (held out)"] for name in DOMAINS]
+
+
+def test_curves_are_means_of_the_same_runs_at_each_step(tmp_path):
+    write_run(tmp_path / "a", trial=0, accuracies=(0.4, 0.6))
+    write_run(tmp_path / "b", trial=1, accuracies=(0.5, 0.8, 0.9))
+    (group,) = section(page_of([tmp_path]), "curves").groups
+    assert group.charts[0].figure["data"][2]["x"] == [10, 20]
+
+
+def test_models_of_other_classes_are_not_added_up(tmp_path):
+    for trial, classes in enumerate((("cat", "dog"), ("dog", "cat"), ("cat", "dog", "eel"))):
+        run = write_run(tmp_path / f"run-{trial}", draw=None, trial=trial)
+        (run / "mistakes.json").write_text(mistakes_of(classes=classes).to_json())
+    confusions = section(page_of([tmp_path]), "confusions").confusions
+    assert [confusion.classes for confusion in confusions] == [("cat", "dog"), ("dog", "cat"), ("cat", "dog", "eel")]
+
+
+def test_accuracies_that_are_not_finite_are_left_out(tmp_path):
+    write_run(tmp_path / "run", draw=None, done=False, accuracies=(0.5, math.inf))
+    page = page_of([tmp_path])
+    assert section(page, "curves").groups[0].charts[0].figure["data"][0]["x"] == [10]
+    assert rendered(page)
+
+
+def test_restarts_are_told_apart_by_their_method(tmp_path):
+    spread = {name: {"mean": 1.0, "std": 0.5} for name in ("train_accuracy", "unseen_accuracy", "gray_accuracy")}
+    methods = ("fishr", "fishr-covariance")
+    for method in methods:
+        write_run(tmp_path / f"{method}-0", "fishr", draw=None)
+    runs = [{"algorithm": method, "unseen_accuracy": 50.0} for method in methods]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs, "summary": dict.fromkeys(methods, spread)}))
+    page = page_of([tmp_path])
+    assert [row[0] for row in section(page, "runs").tables[0].rows] == list(methods)
+    assert section(page, "curves").groups[0].toggles.keys() == set(methods)
+
+
+def test_the_same_folder_twice_is_one(tmp_path):
+    write_run(tmp_path / "run", draw=None)
+    page = page_of([tmp_path, tmp_path / "run" / "..", tmp_path / "run"])
+    assert len(section(page, "runs").tables[0].rows) == 1
 
 
 def test_the_file_needs_nothing_else(tmp_path):

@@ -221,7 +221,7 @@ def run(
         )
     print_line(f"{count(watcher.counts['done'], 'run')} done; tables: fishr report {output}")
     if watcher.counts["done"]:
-        leave_report(output)
+        leave_report(output, made=bool(watcher.started))
     if failed := watcher.counts["failed"]:
         print_notice(
             f"{count(failed, 'run')} failed: fishr sweep status {output} says why; after fishr sweep retry {output} "

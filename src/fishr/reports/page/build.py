@@ -14,7 +14,17 @@ import yaml
 from fishr.errors import RunError
 from fishr.files import write_text
 from fishr.records import CONFIG_FILE, Mistakes, RunHistory
-from fishr.reports.analysis import comparison_sentences, sentences
+from fishr.reports.analysis import (
+    DOMAIN_COLUMNS,
+    checkpoint_columns,
+    checkpoint_rows,
+    checkpoint_title,
+    comparison_sentences,
+    domain_rows,
+    pair_columns,
+    pair_rows,
+    sentences,
+)
 from fishr.reports.figures import figures_of
 from fishr.reports.page.charts import (
     held_out_name,
@@ -28,13 +38,14 @@ from fishr.reports.page.overview import overview, title_of
 from fishr.reports.page.parts import Chart, ChartGroup, Code, Confusion, Gallery, Page, Picture, Section
 from fishr.reports.page.render import rendered
 from fishr.reports.page.sources import Analysis, Sources, read_sources
+from fishr.reports.render import Table
 from fishr.reports.run_folders import OnProgress
 
 REPORT = "report.html"
 
 NO_MODELS = (
-    "Runs of a sweep keep no model: fishr report --best-configs writes the best draws as files for fishr train "
-    "--config, and the report of such a run shows what its model gets wrong."
+    "These runs kept no model: fishr report --best-configs writes the best draws as files for fishr train --config, "
+    "and the report of such a run shows what its model gets wrong."
 )
 
 
@@ -49,7 +60,7 @@ def write_report(file: Path, paths: Sequence[Path], on_progress: OnProgress = la
     Raises:
         RunError: a path is no folder, or there is nothing to report in it.
     """
-    write_text(file, rendered(page_of(paths, on_progress), live=False))
+    write_text(file, rendered(page_of(paths, on_progress)))
 
 
 def analysis_page(content: Mapping[str, Any], weights: pa.Table) -> str:
@@ -60,7 +71,7 @@ def analysis_page(content: Mapping[str, Any], weights: pa.Table) -> str:
         weights: What :meth:`fishr.analysis.Analysis.weights` returns.
     """
     section = _of_analysis(Analysis(content, weights), 0)
-    return rendered(Page(f"Analysis of {content['data']}", section.text, [replace(section, text=())]), live=False)
+    return rendered(Page(f"Analysis of {content['data']}", section.text, [replace(section, text=())]))
 
 
 def page_of(paths: Sequence[Path], on_progress: OnProgress = lambda done, total: None) -> Page:
@@ -73,6 +84,8 @@ def page_of(paths: Sequence[Path], on_progress: OnProgress = lambda done, total:
     if not sources.histories and not sources.analyses:
         raise RunError("there is nothing to report: no run has a record")
     answer, tables = overview(sources)
+    if not sources.histories:
+        answer = [text for analysis in sources.analyses for text in _of_analysis(analysis, 0).text]
     sections = [*tables, *_of_histories(sources), *_of_mistakes(sources)]
     sections += [_of_analysis(analysis, number) for number, analysis in enumerate(sources.analyses)]
     sections.append(_how_made(sources))
@@ -81,11 +94,11 @@ def page_of(paths: Sequence[Path], on_progress: OnProgress = lambda done, total:
 
 def _of_histories(sources: Sources) -> Iterator[Section]:
     styles = styles_of(sorted({history.algorithm for history in sources.histories}))
-    curves = learning_curves(sources.histories, styles)
+    train_domains = {folder: mistakes.train_domains for folder, mistakes in sources.mistakes.items()}
+    curves = learning_curves(sources.histories, train_domains, styles)
     if curves:
         text = ["Accuracy over the training steps, a chart for each domain. Out-splits were not trained on."]
         yield Section("curves", "Learning curves", text, groups=curves)
-    train_domains = {folder: mistakes.train_domains for folder, mistakes in sources.mistakes.items()}
     found = points(sources.histories, train_domains)
     if found:
         yield Section("seen-and-unseen", "Seen against unseen domains", groups=scatter_of_runs(found, styles))
@@ -96,18 +109,18 @@ def _of_histories(sources: Sources) -> Iterator[Section]:
 
 def _of_mistakes(sources: Sources) -> Iterator[Section]:
     """Confusions of the models on the held-out domains, added up over runs, and pictures of one run each."""
-    runs: dict[tuple[str, str, str], list[RunHistory]] = defaultdict(list)
+    runs: dict[tuple[str, str, str, tuple[str, ...]], list[RunHistory]] = defaultdict(list)
     for history in sources.histories:
-        if history.folder in sources.mistakes:
-            for domain in sources.mistakes[history.folder].domains:
-                runs[history.dataset, domain, history.algorithm].append(history)
+        if mistakes_of_run := sources.mistakes.get(history.folder):
+            for domain in mistakes_of_run.domains:
+                runs[history.dataset, domain, history.algorithm, tuple(mistakes_of_run.classes)].append(history)
     confusions, galleries = [], []
-    for (dataset, domain, algorithm), of_model in runs.items():
+    for (dataset, domain, algorithm, classes), of_model in runs.items():
         mistakes = [sources.mistakes[run.folder] for run in of_model]
         counts = np.sum([each.domains[domain].confusion for each in mistakes], axis=0)
         added = f", {len(of_model)} runs added up" if len(of_model) > 1 else ""
         title = f"{algorithm} on {domain} of {dataset}"
-        confusions.append(Confusion(f"{title}{added}", mistakes[0].classes, counts.tolist()))
+        confusions.append(Confusion(f"{title}{added}", classes, counts.tolist()))
         galleries.append(Gallery(f"{title}, trial {of_model[0].trial}", _pictures(mistakes[0], domain)))
     if confusions:
         yield Section(
@@ -122,7 +135,7 @@ def _of_mistakes(sources: Sources) -> Iterator[Section]:
             ["Samples of the held-out domain, with the probability that the model gives to its wrong answer."],
             galleries=galleries,
         )
-    elif any(history.swept for history in sources.histories):
+    elif sources.histories:
         yield Section("mistakes", "What the models get wrong", [NO_MODELS])
 
 
@@ -151,8 +164,27 @@ def _of_analysis(analysis: Analysis, number: int) -> Section:
         width, height = layout.pop("width"), layout.pop("height")
         charts.append(Chart(title, title, drawn, height, width))
     names = " and ".join(model["name"] for model in content["models"])
-    group = ChartGroup("Figures", "", charts)
-    return Section(f"analysis-{number}", f"Analysis of {names} on {content['data']}", text, groups=[group])
+    group = ChartGroup("Figures", "Their numbers are in the tables, and in analysis.json.", charts)
+    return Section(
+        f"analysis-{number}", f"Analysis of {names} on {content['data']}", text, list(_tables(content)), [group]
+    )
+
+
+def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
+    """What the figures of an analysis show, as ``fishr analyze`` prints it."""
+    for model in content["models"]:
+        for layer in (model["head"], *model["layers"]):
+            title = f"{model['name']}, {layer['layer']}"
+            yield Table(f"{title}: domains", DOMAIN_COLUMNS, domain_rows(layer, model["roles"]), [])
+            yield Table(
+                f"{title}: distances between domains, relative to size; in brackets what sampling alone gives",
+                pair_columns(layer),
+                pair_rows(layer),
+                [],
+            )
+        if model["checkpoints"]:
+            title = checkpoint_title(content, model)
+            yield Table(title, checkpoint_columns(content), checkpoint_rows(content, model), [])
 
 
 def _how_made(sources: Sources) -> Section:

@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fishr.records import RunHistory, Split
-from fishr.reports.page.parts import Chart, ChartGroup, Figure
-from fishr.reports.palette import DASHES, PALETTE, SYMBOLS
+from fishr.reports.page.parts import Chart, ChartGroup, Figure, Toggle
+from fishr.reports.palette import DASHES, GLYPHS, PALETTE
 from fishr.reports.render import Table
 from fishr.reports.tables import one_line
 
 MOST_POINTS = 2_000
 """Runs that a scatter plot shows, evenly spread over all."""
+
+MOST_CURVES = 200
+"""Charts of learning curves; where there were more, only the held-out domains have one."""
+
+TrainDomains = Mapping[str, Sequence[str]]
+"""What a run trained on, by its folder, of runs that kept it."""
 
 LOGARITHMIC_FROM = 20.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
@@ -38,7 +44,7 @@ def styles_of(algorithms: Sequence[str]) -> dict[str, dict[str, str]]:
         name: {
             "color": PALETTE[index % len(PALETTE)],
             "dash": DASHES[index // len(PALETTE) % len(DASHES)],
-            "symbol": SYMBOLS[index % len(SYMBOLS)],
+            "symbol": tuple(GLYPHS)[index % len(GLYPHS)],
         }
         for index, name in enumerate(algorithms)
     }
@@ -47,37 +53,53 @@ def styles_of(algorithms: Sequence[str]) -> dict[str, dict[str, str]]:
 # Learning curves
 
 
-def learning_curves(histories: Sequence[RunHistory], styles: Mapping[str, Mapping[str, str]]) -> list[ChartGroup]:
-    """A group for each dataset and held-out domain, with a chart for each domain and a line for each algorithm."""
+def learning_curves(
+    histories: Sequence[RunHistory], train_domains: TrainDomains, styles: Mapping[str, Mapping[str, str]]
+) -> list[ChartGroup]:
+    """A group for each dataset and held-out domain, with a chart for each domain and a line for each algorithm.
+
+    Where that were more than :data:`MOST_CURVES` charts, only those of the held-out domains.
+    """
     runs: dict[tuple[str, tuple[str, ...]], list[RunHistory]] = defaultdict(list)
     for history in histories:
         runs[history.dataset, history.test_domains].append(history)
     alone = [key for key in runs if len(key[1]) == 1] or list(runs)
     order = {(run.dataset, name): index for run in reversed(histories) for index, name in enumerate(run.domains)}
+    num_curves = sum(len({name for run in runs[key] for name in run.domains}) for key in alone)
     groups = []
     for number, (dataset, held_out) in enumerate(
         sorted(alone, key=lambda key: (key[0], [order[key[0], name] for name in key[1]]))
     ):
         of_group = runs[dataset, held_out]
         algorithms = [name for name in styles if any(run.algorithm == name for run in of_group)]
-        domains = sorted(of_group[0].domains, key=lambda domain: domain not in held_out)  # the answer first
+        domains = [*held_out, *dict.fromkeys(name for run in of_group for name in run.domains if name not in held_out)]
+        charts = [
+            _curves_on(domain, of_group, train_domains, {name: styles[name] for name in algorithms})
+            for domain in (domains if num_curves <= MOST_CURVES or not held_out else held_out)
+        ]
         groups.append(
             ChartGroup(
                 f"{dataset}, held out: {held_out_name(held_out)}",
-                "The line is the mean over runs, the band reaches from the lowest to the highest.",
-                [_curves_on(domain, of_group, {name: styles[name] for name in algorithms}) for domain in domains],
-                {name: styles[name]["color"] for name in algorithms},
+                "The line is the mean over the runs of all draws and trials, the band reaches from the lowest to the "
+                "highest; steps that not all runs have reached are left out.",
+                charts,
+                {name: Toggle(styles[name]["color"], GLYPHS[styles[name]["symbol"]]) for name in algorithms},
                 folded=number > 0,
             )
         )
     return groups
 
 
-def _curves_on(domain: str, runs: Sequence[RunHistory], styles: Mapping[str, Mapping[str, str]]) -> Chart:
+def _curves_on(
+    domain: str, runs: Sequence[RunHistory], train_domains: TrainDomains, styles: Mapping[str, Mapping[str, str]]
+) -> Chart:
+    on_domain = [run for run in runs if domain in run.domains]
     traces: list[dict[str, Any]] = []
     rows = []
     for algorithm, style in styles.items():
-        of_algorithm = [run for run in runs if run.algorithm == algorithm]
+        of_algorithm = [run for run in on_domain if run.algorithm == algorithm]
+        if not of_algorithm:
+            continue
         steps, low, mean, high = _over_runs(domain, of_algorithm)
         hidden = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "meta": algorithm}
         several = len(of_algorithm) > 1
@@ -109,26 +131,37 @@ def _curves_on(domain: str, runs: Sequence[RunHistory], styles: Mapping[str, Map
         for step, least, middle, most in zip(steps.tolist(), low, mean, high, strict=True):
             spread = [f"{least:.1f}", f"{most:.1f}"] if several else ["", ""]
             rows.append([algorithm, str(step), f"{middle:.1f}", *spread])
-    role = "held out" if domain in runs[0].test_domains else f"{split_of(runs[0], domain)}-split"
     return Chart(
-        f"{domain} ({role})",
+        f"{domain} ({_role(domain, on_domain[0], train_domains)})",
         f"Accuracy in % on {domain} over training steps, mean over runs with a band from the lowest to the highest",
         _figure(traces, {"title": "step"}, {"title": "accuracy", **PERCENT}),
         numbers=Table("", ["algorithm", "step", "mean in %", "lowest", "highest"], rows, []),
     )
 
 
+def _role(domain: str, run: RunHistory, train_domains: TrainDomains) -> str:
+    """What a domain was in a run, and the split that is shown of it."""
+    if domain in run.test_domains:
+        return "held out"
+    if domain in run.validated_domains:
+        return "trained on, out-split"
+    if run.folder in train_domains:
+        return "trained on, in-split" if domain in train_domains[run.folder] else "evaluation only"
+    return "in-split"
+
+
 def _over_runs(domain: str, runs: Sequence[RunHistory]) -> tuple[NDArray[Any], ...]:
     """Steps, and lowest, mean and highest accuracy in % at each."""
     all_steps = np.concatenate([run.steps for run in runs])
     all_values = 100 * np.concatenate([run.accuracy(domain, split_of(run, domain)) for run in runs])
-    evaluated = ~np.isnan(all_values)
-    steps, at = np.unique(all_steps[evaluated], return_inverse=True)
+    evaluated = np.isfinite(all_values)
+    steps, at, counts = np.unique(all_steps[evaluated], return_inverse=True, return_counts=True)
     values = all_values[evaluated]
     low, high = np.full(len(steps), np.inf), np.full(len(steps), -np.inf)
     np.minimum.at(low, at, values)
     np.maximum.at(high, at, values)
-    return steps, low, np.bincount(at, values, len(steps)) / np.bincount(at, minlength=len(steps)), high
+    by_all = counts == counts.max(initial=0)
+    return steps[by_all], low[by_all], (np.bincount(at, values, len(steps)) / counts)[by_all], high[by_all]
 
 
 def split_of(run: RunHistory, domain: str) -> Split:
@@ -154,13 +187,8 @@ class Point:
     unseen: float
 
 
-def points(histories: Sequence[RunHistory], train_domains: Mapping[str, Sequence[str]]) -> list[Point]:
-    """The runs that hold out one domain and say how they did on it and on the others.
-
-    Args:
-        histories: The runs.
-        train_domains: What a run trained on, by folder, for runs without out-splits.
-    """
+def points(histories: Sequence[RunHistory], train_domains: TrainDomains) -> list[Point]:
+    """The runs that hold out one domain and say how they did on it and on the others."""
     found = []
     for run in histories:
         seen = [name for name in run.validated_domains if name not in run.test_domains] or train_domains.get(
@@ -170,7 +198,7 @@ def points(histories: Sequence[RunHistory], train_domains: Mapping[str, Sequence
             last = int(run.steps.argmax())
             on_seen = np.mean([run.accuracy(name, split_of(run, name))[last] for name in seen])
             found.append(Point(run, 100 * float(on_seen), 100 * float(run.accuracy(run.test_domains[0], "in")[last])))
-    return [point for point in found if not math.isnan(point.seen + point.unseen)]
+    return [point for point in found if math.isfinite(point.seen + point.unseen)]
 
 
 def scatter_of_runs(found: Sequence[Point], styles: Mapping[str, Mapping[str, str]]) -> list[ChartGroup]:
@@ -289,9 +317,9 @@ def _of(run: RunHistory) -> str:
     return f"held out {held_out_name(run.test_domains)}, trial {run.trial}{draw}"
 
 
-def _toggles(found: Sequence[Point], styles: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def _toggles(found: Sequence[Point], styles: Mapping[str, Mapping[str, str]]) -> dict[str, Toggle]:
     present = {point.run.algorithm for point in found}
-    return {name: style["color"] for name, style in styles.items() if name in present}
+    return {name: Toggle(style["color"], GLYPHS[style["symbol"]]) for name, style in styles.items() if name in present}
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fishr.records import RunHistory
+from fishr.records import RunHistory, RunRecord
 from fishr.reports.benchmark import Results, results, selections
 from fishr.reports.comparison import (
     BASELINE,
@@ -43,8 +43,13 @@ def overview(sources: Sources) -> tuple[list[str], list[Section]]:
     """What matters most, in sentences, and the tables that it rests on."""
     answer: list[str] = []
     sections: list[Section] = []
-    for content in sources.results:
-        said, section = _of_comparison(content) if "verdict" in content else _of_restarts(content)
+    unfinished = sum(not history.done for history in sources.histories)
+    if unfinished:
+        finished = len(sources.histories) - unfinished
+        answer.append(f"So far, with {finished:,} of {len(sources.histories):,} runs finished:")
+    for number, content in enumerate(sources.results):
+        of_content = _of_comparison if "verdict" in content else _of_restarts
+        said, section = of_content(content, f"results-{number}")
         answer += said
         sections.append(section)
     of_sweeps = [history for history in sources.histories if history.swept]
@@ -52,16 +57,17 @@ def overview(sources: Sources) -> tuple[list[str], list[Section]]:
         said, tables_of_sweeps = _of_sweeps(of_sweeps)
         answer += said
         sections += tables_of_sweeps
-    if sources.kept and not sources.results:
-        answer += _of_runs(sources)
-    if sources.kept:
-        sections.append(_runs(sources))
-    if not answer:
-        answer = ["No run is finished yet."] if sources.histories else []
+    of_runs = [history for history in sources.histories if history.folder in sources.kept and not history.swept]
+    if of_runs and not sources.results:
+        answer += _of_runs(of_runs, sources.kept)
+    if of_runs:
+        sections.append(_runs(of_runs, sources.kept))
+    if sources.histories and len(answer) == bool(unfinished):
+        answer.append("nothing can be said yet." if unfinished else "The runs hold out no domain alone.")
     return answer, sections
 
 
-def _of_comparison(content: Mapping[str, Any]) -> tuple[list[str], Section]:
+def _of_comparison(content: Mapping[str, Any], anchor: str) -> tuple[list[str], Section]:
     accuracies = content["accuracies"]
     titles = content.get("titles", {name: name for name in accuracies})
     chosen = content["verdict"]["chosen"]
@@ -69,14 +75,19 @@ def _of_comparison(content: Mapping[str, Any]) -> tuple[list[str], Section]:
     header, rows = comparison_cells(accuracies, titles)
     text = [
         "Accuracy in % on the in-split of the held-out domain, mean ± standard error over seeds; hyperparameters were "
-        "chosen on the training domains alone. The difference is paired over domains and seeds, with its 95 % interval "
-        "over domains."
+        "chosen on the training domains alone. The difference is paired over domains and seeds, with its interval over "
+        "domains; all intervals together hold with probability 95 %."
     ]
-    section = Section("comparison", "Comparison with each domain held out", text, [Table("", header, rows, [])])
+    section = Section(
+        anchor,
+        f"Comparison on {content.get('data', 'the data')}, each domain held out",
+        text,
+        [Table("", header, rows, [])],
+    )
     return [content["verdict"]["sentence"], expected], section
 
 
-def _of_restarts(content: Mapping[str, Any]) -> tuple[list[str], Section]:
+def _of_restarts(content: Mapping[str, Any], anchor: str) -> tuple[list[str], Section]:
     unseen: dict[str, list[float]] = {}
     for run in content["runs"]:
         unseen.setdefault(run["algorithm"], []).append(run["unseen_accuracy"])
@@ -90,16 +101,17 @@ def _of_restarts(content: Mapping[str, Any]) -> tuple[list[str], Section]:
         sure = (
             f"its lowest of {seeds} seeds lies above the highest of all others"
             if apart
-            else f"some of its {seeds} seeds lie below some of the others"
+            else f"not all of its {seeds} seeds lie above all of the others"
         )
         said += f"; {sure if seeds > 1 else 'a single seed says little'}"
+    dataset = content.get("setting", {}).get("data", "colored digits")
     header = ["method", "seeds", *OF_RESTARTS.values()]
     rows = [
         [name, str(len(unseen[name])), *(mean_and_std(of[column]["mean"], of[column]["std"]) for column in OF_RESTARTS)]
         for name, of in content["summary"].items()
     ]
     text = ["Accuracy in %, mean ± standard deviation over seeds."]
-    return [f"{said}."], Section("methods", "Methods", text, [Table("", header, rows, [])])
+    return [f"{said}."], Section(anchor, f"Methods on {dataset}", text, [Table("", header, rows, [])])
 
 
 def _of_sweeps(histories: Sequence[RunHistory]) -> tuple[list[str], list[Section]]:
@@ -118,70 +130,67 @@ def _of_sweeps(histories: Sequence[RunHistory]) -> tuple[list[str], list[Section
 
 
 def _verdicts(histories: Sequence[RunHistory], found: Results) -> list[str]:
-    """What the first rule says of each dataset."""
+    """What a rule says of each dataset, of the algorithms that have the same trials on all its held-out domains."""
     selected = selections(histories, found.rule)
     said = []
     for dataset, rows in found.datasets.items():
-        accuracies = {
+        trials = {
             row.algorithm: {
-                domain: {
-                    trial: best_draw(draws).accuracy
-                    for trial, draws in selected.get((dataset, row.algorithm, domain), {}).items()
-                }
+                domain: {trial: best_draw(draws).accuracy for trial, draws in of_cell.items()}
                 for domain in row.cells
+                if (of_cell := selected.get((dataset, row.algorithm, domain)))
             }
             for row in rows
         }
-        trials = set.intersection(*(set(of) for domains in accuracies.values() for of in domains.values()))
-        names = list(accuracies)
-        if BASELINE not in accuracies or len(names) < 2:
-            said.append(f"{dataset}: {', '.join(names)} alone, there is nothing to compare with.")
-        elif not trials or len(rows[0].cells) < 2:
-            missing = "one domain is held out" if trials else "no trial has all runs"
-            said.append(f"{dataset}: no verdict, as {missing}; the tables say what there is.")
+        present = {name: of_domains for name, of_domains in trials.items() if of_domains}
+        if BASELINE not in present or len(present) < 2:
+            said.append(f"{dataset}: {', '.join(present)} alone, there is nothing to compare with.")
+            continue
+        domains, wanted = list(rows[0].cells), set.union(*map(set, present[BASELINE].values()))
+        complete = {
+            name: {domain: [of_domains[domain][trial] for trial in sorted(wanted)] for domain in domains}
+            for name, of_domains in present.items()
+            if all(wanted <= of_domains.get(domain, {}).keys() for domain in domains)
+        }
+        left_out = [name for name in present if name not in complete]
+        if len(domains) < 2:
+            said.append(f"{dataset}: no verdict, as one domain is held out; the tables say what there is.")
+        elif BASELINE not in complete or len(complete) < 2:
+            said.append(f"{dataset}: no verdict, as trials of {', '.join(left_out)} are missing; see the tables.")
         else:
-            paired = {
-                name: {domain: [of[trial] for trial in sorted(trials)] for domain, of in domains.items()}
-                for name, domains in accuracies.items()
-            }
-            said.append(f"{dataset}: {verdict(paired, {name: name for name in names}).sentence}")
+            missing = f" Left out, as trials are missing: {', '.join(left_out)}." if left_out else ""
+            said.append(f"{dataset}: {verdict(complete, {name: name for name in complete}).sentence}{missing}")
     return said
 
 
-def _of_runs(sources: Sources) -> list[str]:
+def _of_runs(runs: Sequence[RunHistory], kept: Mapping[str, RunRecord]) -> list[str]:
     """What single runs say."""
+    if len(runs) > MOST_SENTENCES:
+        return [f"{len(runs)} runs; the table below has each."]
     said = []
-    for history in sources.histories:
-        if history.folder in sources.kept and not history.swept:
-            kept = sources.kept[history.folder]
-            reached = [
-                f"{100 * kept.domains[domain]['in'].accuracy:.1f} % on {domain}" for domain in history.test_domains
-            ]
-            said.append(
-                f"{history.algorithm} on {history.dataset}, trial {history.trial}: "
-                + (f"{' and '.join(reached)}, held out" if reached else "trained on all domains")
-                + "."
-            )
-    if len(said) > MOST_SENTENCES:
-        said = [f"{len(said)} runs; the table below has each."]
+    for run in runs:
+        reached = [
+            f"{100 * kept[run.folder].domains[domain]['in'].accuracy:.1f} % on {domain}" for domain in run.test_domains
+        ]
+        outcome = f"{' and '.join(reached)}, held out" if reached else "trained on all domains"
+        said.append(f"{run.algorithm} on {run.dataset}, trial {run.trial}: {outcome}.")
     if len(said) == 1:
         said.append("One run and one seed: how far another seed would lie from that is not known.")
     return said
 
 
-def _runs(sources: Sources) -> Section:
+def _runs(runs: Sequence[RunHistory], kept: Mapping[str, RunRecord]) -> Section:
     """The runs of no sweep, each with the accuracies of the model that it kept."""
-    runs = [history for history in sources.histories if history.folder in sources.kept]
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     rows = []
     for run in runs:
-        kept = sources.kept[run.folder]
+        record = kept[run.folder]
         cells = []
         for domain in domains:
-            metrics = kept.domains.get(domain, {}).get(split_of(run, domain))
+            metrics = record.domains.get(domain, {}).get(split_of(run, domain)) if domain in run.domains else None
             mark = " (held out)" if domain in run.test_domains else ""
             cells.append("" if metrics is None else f"{100 * metrics.accuracy:.1f}{mark}")
-        rows.append([run.algorithm, run.dataset, Path(run.folder).name, str(kept.step), *cells])
+        rows.append([run.algorithm, run.dataset, Path(run.folder).name, str(record.step), *cells])
     header = ["algorithm", "data", "folder", "step kept", *domains]
     text = [
         "Accuracy in % of the model kept: on the out-splits of the domains that it was trained on (the in-splits where "

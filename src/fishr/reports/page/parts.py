@@ -33,6 +33,14 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Toggle:
+    """How what it shows and hides is drawn."""
+
+    color: str
+    glyph: str
+
+
+@dataclass(frozen=True)
 class ChartGroup:
     """Charts that share their toggles.
 
@@ -40,14 +48,14 @@ class ChartGroup:
         title: What the charts have in common; the reader may fold them away.
         text: How to read them.
         charts: The charts.
-        toggles: Names to their colours: each shows or hides what it names in all charts.
+        toggles: By name: each shows or hides what it names in all charts.
         folded: Whether they are folded away at first.
     """
 
     title: str
     text: str
     charts: Sequence[Chart]
-    toggles: Mapping[str, str] = field(default_factory=dict)
+    toggles: Mapping[str, Toggle] = field(default_factory=dict)
     folded: bool = False
 
 

@@ -15,14 +15,14 @@ MOST_CONFUSIONS = 20
 """The most frequent mistakes, shown in its place."""
 
 
-def rendered(page: Page, *, live: bool) -> str:
-    """The page; ``live`` makes it ask its server for news."""
+def rendered(page: Page, version: str = "") -> str:
+    """The page; with a version it asks its server whether there is another one."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"json": _as_json, "confusion_table": _shares, "most_frequent": _most_frequent}
     template = environment.from_string(_asset("template.html"))
     return template.render(
         page=page,
-        live=live,
+        version=version,
         style=Markup(_asset("style.css")),
         script=Markup(_asset("script.js")),
         plotly=Markup(get_plotlyjs()),

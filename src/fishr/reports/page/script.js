@@ -3,9 +3,12 @@
 // Charts are read and drawn when they come into view; their colors follow the page's.
 const plots = document.querySelectorAll(".plot");
 
+const onPaper = { "--page": "#ffffff", "--text": "#000000", "--line": "#bbbbbb" };
+let printing = false;
+
 function withColors(layout) {
   const style = getComputedStyle(document.documentElement);
-  const color = (name) => style.getPropertyValue(name).trim();
+  const color = (name) => (printing ? onPaper[name] : style.getPropertyValue(name).trim());
   const themed = {
     ...layout,
     paper_bgcolor: color("--page"),
@@ -32,7 +35,7 @@ function draw(plot) {
   const { data, layout } = JSON.parse(plot.closest("figure").querySelector("script").textContent);
   const traces = data.map((trace) => ({ ...trace, visible: isShown(plot, trace) }));
   plot.dataset.drawn = "";
-  return Plotly.react(plot, traces, withColors(layout), { responsive: true, displaylogo: false });
+  return Plotly.react(plot, traces, withColors(layout), { responsive: true, displayModeBar: false });
 }
 
 const inView = new IntersectionObserver(
@@ -50,11 +53,18 @@ function drawAgain() {
   document.querySelectorAll(".plot[data-drawn]").forEach(draw);
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);
+let folded = [];
 addEventListener("beforeprint", () => {
-  document.querySelectorAll("details.group").forEach((group) => (group.open = true));
+  printing = true;
+  folded = [...document.querySelectorAll("details.group:not([open])")];
+  folded.forEach((group) => (group.open = true));
   plots.forEach(draw);
 });
-addEventListener("afterprint", drawAgain);
+addEventListener("afterprint", () => {
+  printing = false;
+  folded.forEach((group) => (group.open = false));
+  drawAgain();
+});
 
 for (const toggles of document.querySelectorAll(".toggles")) {
   toggles.addEventListener("change", () => {
@@ -65,8 +75,8 @@ for (const toggles of document.querySelectorAll(".toggles")) {
 // Tables are sorted by the column whose heading is pressed; once more turns the order round.
 function sortKey(row, column) {
   const text = row.cells[column].textContent.trim();
-  const number = Number.parseFloat(text.replace(/,/g, ""));
-  return Number.isNaN(number) ? text : number;
+  const number = /^[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?(?=$|[\s%(])/i.exec(text);
+  return number ? Number(number[0].replaceAll(",", "")) : text;
 }
 
 function compare(one, other) {
@@ -92,21 +102,24 @@ for (const button of document.querySelectorAll(".sortable thead button")) {
   });
 }
 
-// A page that is served while runs are made looks for news, and keeps what the reader has opened.
-if ("live" in document.body.dataset) {
-  const groups = [...document.querySelectorAll("details")];
-  const kept = JSON.parse(sessionStorage.getItem("open") || "[]");
-  if (kept.length === groups.length) {
-    groups.forEach((group, index) => (group.open = kept[index]));
+// A page that is served while runs are made looks for news, and keeps what the reader has opened and chosen.
+if ("version" in document.body.dataset) {
+  const states = { open: "details", checked: "input" };
+  for (const [state, tag] of Object.entries(states)) {
+    const elements = [...document.querySelectorAll(tag)];
+    const kept = JSON.parse(sessionStorage.getItem(state) ?? "[]");
+    if (kept.length === elements.length) {
+      elements.forEach((element, index) => (element[state] = kept[index]));
+    }
   }
-  let version;
   setInterval(async () => {
     const response = await fetch("version", { cache: "no-store" }).catch(() => undefined);
-    const latest = response && response.ok ? await response.text() : version;
-    if (version !== undefined && latest !== version) {
-      sessionStorage.setItem("open", JSON.stringify(groups.map((group) => group.open)));
+    if (response?.ok && (await response.text()) !== document.body.dataset.version) {
+      for (const [state, tag] of Object.entries(states)) {
+        const values = [...document.querySelectorAll(tag)].map((element) => element[state]);
+        sessionStorage.setItem(state, JSON.stringify(values));
+      }
       location.reload();
     }
-    version = latest;
   }, 3000);
 }

@@ -1,6 +1,7 @@
 """The page on this machine's own address, anew when runs have changed."""
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -39,7 +40,8 @@ class Server(ThreadingHTTPServer):
             if not path.is_dir():
                 raise RunError(f"{path} is no folder: give folders with runs in them")
         self.paths, self.lock = paths, Lock()
-        self.content, self.made = b"", -LEAST_AGE
+        self.page: Page | None = None
+        self.content, self.version, self.looked = "", "", -LEAST_AGE
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -49,17 +51,25 @@ class Server(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://{HOST}:{self.server_port}"
 
-    def look(self) -> bytes:
-        """The page as it is now, or why there is none."""
+    def look(self) -> tuple[str, str]:
+        """The page as it is now and its version; the last one while folders cannot be read."""
         with self.lock:
-            if time.monotonic() - self.made > LEAST_AGE:
+            if time.monotonic() - self.looked > LEAST_AGE:
                 try:
                     page = page_of(self.paths)
-                except FishrError as error:
-                    page = Page("Nothing to show yet", [str(error)], [])
-                self.content = rendered(page, live=True).encode()
-                self.made = time.monotonic()
-            return self.content
+                except (FishrError, OSError) as error:  # files come and go while runs are made
+                    page = Page("Nothing to show yet", [str(error)], []) if self.page is None else self.page
+                if page != self.page:
+                    self.page = page
+                    self.version = hashlib.sha256(rendered(page).encode()).hexdigest()
+                    self.content = rendered(page, self.version)
+                self.looked = time.monotonic()
+            return self.content, self.version
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that goes away in the middle of a page is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,19 +77,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page of another site whose name was made to point here has that name in its requests.
-        if self.headers.get("Host") not in (
-            f"{HOST}:{self.server.server_port}",
-            f"localhost:{self.server.server_port}",
-        ):
+        # The port is not compared: it is another one where it was forwarded.
+        if self.headers.get("Host", "").partition(":")[0].lower() not in (HOST, "localhost"):
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
-            self._send(self.server.look(), "text/html; charset=utf-8")
+            self._send(self.server.look()[0], "text/html; charset=utf-8")
         elif self.path == "/version":
-            self._send(hashlib.sha256(self.server.look()).hexdigest().encode(), "text/plain")
+            self._send(self.server.look()[1], "text/plain")
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _send(self, content: bytes, kind: str) -> None:
+    def _send(self, text: str, kind: str) -> None:
+        content = text.encode()
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
