@@ -36,6 +36,10 @@ class RunBusyError(RunError):
     """Another process works on the run, or has just finished it."""
 
 
+class TrackingError(FishrError):
+    """A tracker that cannot be reached, or does not take a run."""
+
+
 class NonFiniteLossError(FishrError, ArithmeticError):
     """A loss term became NaN or infinite during training."""
 

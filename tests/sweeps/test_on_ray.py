@@ -85,6 +85,14 @@ def test_runs_that_nodes_write_elsewhere_are_not_believed(tmp_path: Path, monkey
         on_ray._check_seen(tmp_path / "DONE")
 
 
+def test_keys_of_trackers_go_to_other_nodes_only_where_runs_are_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker")
+    ours = {"WANDB_API_KEY": "secret", "MLFLOW_TRACKING_URI": "http://tracker"}
+    assert on_ray._environment(tracked=True).items() >= ours.items()
+    assert not on_ray._environment(tracked=False).keys() & ours.keys()
+
+
 @pytest.mark.parametrize(("cpus", "gpus"), [(0, 0.0), (1, -1.0), (1, 1.5)])
 def test_shares_that_no_run_can_have(cpus: int, gpus: float) -> None:
     with pytest.raises(ConfigError, match="-per-run must be"):

@@ -57,6 +57,7 @@ def compare(
     class_balanced: bool = options.ClassBalanced,
     precision: str = options.Precision,
     subset: int | None = options.Subset,
+    track: str | None = options.Track,
     data_root: Path | None = DataRoot,
     image_size: int | None = options.ImageSize,
     channels: int | None = options.Channels,
@@ -122,7 +123,7 @@ def compare(
     )
     folder = Path("runs") / f"compare-{dataset.name}" if output is None else output
     with Watcher(quiet=quiet) as watcher:
-        outcome = workflow.compare(dataset, setting, folder, watcher, weights=weights, device=device)
+        outcome = workflow.compare(dataset, setting, folder, watcher, weights=weights, device=device, track=track)
     for name, hints in outcome.hints.items():
         if hints:
             print_notice(f"hint, one of {len(hints)} from runs of {workflow.title(name)}: {hints[0]}")

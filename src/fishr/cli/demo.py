@@ -4,6 +4,7 @@ from pathlib import Path
 
 import typer
 
+from fishr.cli import options
 from fishr.cli.analyze import CONTENT, write_analysis
 from fishr.cli.console import Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line, print_table
 from fishr.cli.page import leave_report
@@ -13,6 +14,7 @@ def demo(
     output: Path = typer.Option(Path("runs/demo"), "--output", help="Folder of the runs and of results.json."),
     seeds: int = typer.Option(3, "--seeds", min=1, help="Seeds of each method."),
     steps: int = typer.Option(500, "--steps", min=10, help="Updates of each run."),
+    track: str | None = options.Track,
     device: str = Device,
     as_json: bool = Json,
     quiet: bool = Quiet,
@@ -34,7 +36,7 @@ def demo(
 
     setting = workflow.setting(steps)
     with LiveRuns(colored.TITLES, num_runs=seeds * len(workflow.METHODS), quiet=quiet) as watcher:
-        runs = colored.run_methods(setting, workflow.METHODS, range(seeds), output, watcher, device=device)
+        runs = colored.run_methods(setting, workflow.METHODS, range(seeds), output, watcher, device=device, track=track)
     content = colored.write_results(output, runs, setting)
     _analyze(output, device)
     if as_json:

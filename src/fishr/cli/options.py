@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 
 IMAGES, BACKBONE = "Images", "Backbone"
 
+
+def _known_tracker(name: str | None) -> str | None:
+    """Found out before anything takes long."""
+    if name is not None:
+        from fishr.training.trackers import check_tracker
+
+        check_tracker(name)
+    return name
+
+
 Precision = typer.Option("32", "--precision", help="32, or bf16-mixed: featurizer in bfloat16.")
 Set = typer.Option([], "--set", metavar="KEY=VALUE", help="Hyperparameters, e.g. lr=1e-4.")
 BatchSize = typer.Option(None, "--batch-size", help="Samples of each domain in a batch.")
 ClassBalanced = typer.Option(False, "--class-balanced", help="Draw each class as often.")
 Subset = typer.Option(None, "--subset", help="Samples of each domain to use, for short runs.")
 Average = typer.Option(None, "--average", help="Average the weights over steps: sma, ema or swad.")
+Track = typer.Option(
+    None, "--track", help="Tell tensorboard, mlflow or wandb of every run trained.", callback=_known_tracker
+)
 Select = typer.Option(False, "--select", help="Keep the best checkpoint by training-domain validation, not the last.")
 
 ImageSize = typer.Option(

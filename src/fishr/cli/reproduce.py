@@ -4,6 +4,7 @@ from pathlib import Path
 
 import typer
 
+from fishr.cli import options
 from fishr.cli.console import DataRoot, Device, Json, LiveRuns, Quiet, print_if_done_before, print_json, print_line
 from fishr.cli.page import leave_report
 
@@ -25,6 +26,7 @@ def colored_mnist(
     label_flip: float = typer.Option(0.25, "--label-flip", help="Share of flipped labels; 0 is Table 5."),
     precision: str = typer.Option("bf16-mixed", "--precision", help="32, or bf16-mixed: hidden layers in bfloat16."),
     output: Path = typer.Option(Path("runs/colored-mnist"), "--output", help="Folder of the runs and results."),
+    track: str | None = options.Track,
     data_root: Path | None = DataRoot,
     device: str = Device,
     as_json: bool = Json,
@@ -53,7 +55,7 @@ def colored_mnist(
     setting = workflow.setting(label_flip, cast(Precision, precision))
     with LiveRuns(colored.TITLES, num_runs=restarts * len(methods), quiet=quiet) as watcher:
         runs = colored.run_methods(
-            setting, methods, range(restarts), output, watcher, data_root=data_root, device=device
+            setting, methods, range(restarts), output, watcher, data_root=data_root, device=device, track=track
         )
     content = colored.write_results(output, runs, setting)
     table = workflow.write_table(output, runs, setting)

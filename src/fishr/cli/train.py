@@ -53,6 +53,7 @@ def train(
     snapshots: bool = typer.Option(
         False, "--snapshots", help="Keep the model of every checkpoint, for fishr analyze; disk: one model each."
     ),
+    track: str | None = options.Track,
     data_root: Path | None = DataRoot,
     image_size: int | None = options.ImageSize,
     channels: int | None = options.Channels,
@@ -122,7 +123,14 @@ def train(
     folder = Path("runs") / config.hash if output is None else output
     with progress_of_run(f"{algorithm} on {dataset.name}", quiet=quiet) as observer:
         result = train_run(
-            config, dataset, folder, weights=weights, device=device, snapshots=snapshots, observer=observer
+            config,
+            dataset,
+            folder,
+            weights=weights,
+            device=device,
+            snapshots=snapshots,
+            observer=observer,
+            track=track,
         )
     keep_mistakes(folder, dataset, device=device)
     for hint in result.hints:

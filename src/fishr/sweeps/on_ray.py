@@ -77,7 +77,7 @@ def make_runs(
         ConfigError: Ray is not installed, there is no cluster at the address, or runs are given none of its GPUs.
         RunError: nodes write where this machine does not see it.
     """
-    ray = _connected(address)
+    ray = _connected(address, tracked=any(order.track for order in orders))
     backlog = Backlog(orders, observer, retries)
     submitted: dict[Any, Order] = {}
 
@@ -120,7 +120,7 @@ def make_runs(
         ray.shutdown()
 
 
-def _connected(address: str | None) -> Any:
+def _connected(address: str | None, *, tracked: bool) -> Any:
     """The module ``ray``, connected to a cluster.
 
     Raises:
@@ -136,7 +136,7 @@ def _connected(address: str | None) -> Any:
         if host_and_port:  # at an address where nobody answers Ray tries for minutes
             host, port = host_and_port.groups()
             socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
-        ray.init(address, runtime_env={"env_vars": _environment()}, log_to_driver=False)
+        ray.init(address, runtime_env={"env_vars": _environment(tracked=tracked)}, log_to_driver=False)
     except OSError as error:
         raise ConfigError(
             f"there is no Ray cluster to be found{f' at {address}' if address else ''}: {error}"
@@ -191,6 +191,7 @@ def _make_run(order: Mapping[str, Any]) -> dict[str, Any]:
     return asdict(make_run(Order.from_dict(order)))
 
 
-def _environment() -> dict[str, str]:
-    """What processes on other nodes need to know of ours."""
-    return {name: value for name, value in os.environ.items() if name.startswith("FISHR_") or name == "PYTHONPATH"}
+def _environment(*, tracked: bool) -> dict[str, str]:
+    """What processes on other nodes need to know of ours; keys of trackers are among it only where runs are tracked."""
+    names = ("FISHR_", "MLFLOW_", "WANDB_") if tracked else ("FISHR_",)
+    return {name: value for name, value in os.environ.items() if name.startswith(names) or name == "PYTHONPATH"}

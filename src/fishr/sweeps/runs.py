@@ -1,7 +1,6 @@
 """One run of a sweep, as a process of any executor makes it."""
 
 import json
-import shutil
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +27,8 @@ class Order:
         folder: Where it is to lie.
         weights: File with initial weights, where the config names one by its digest.
         device: As :func:`fishr.training.train` takes it.
-        keep_model: Whether the trained model stays; a table needs the records only.
+        keep_model: Likewise.
+        track: Likewise.
     """
 
     config: RunConfig
@@ -37,6 +37,7 @@ class Order:
     weights: Path | None = None
     device: str = "auto"
     keep_model: bool = False
+    track: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -89,7 +90,15 @@ def make_run(order: Order) -> Outcome:
     """Make the run, or what is missing of it. A failure is written into its folder, and is no failure of the caller."""
     try:
         dataset = _dataset(json.dumps(asdict(order.source)))
-        trained = train(order.config, dataset, order.folder, weights=order.weights, device=order.device).trained
+        train(
+            order.config,
+            dataset,
+            order.folder,
+            weights=order.weights,
+            device=order.device,
+            keep_model=order.keep_model,
+            track=order.track,
+        )
     except RunBusyError:
         return Outcome("busy")
     except RunInterruptedError:
@@ -98,10 +107,8 @@ def make_run(order: Order) -> Outcome:
         reason = str(error) if isinstance(error, FishrError) else f"{type(error).__name__}: {error}"
         return note_failure(order.folder, reason, traceback.format_exc())
     (order.folder / FAILED_FILE).unlink(missing_ok=True)
-    if order.keep_model:
+    if (order.folder / "model").exists():
         keep_mistakes(order.folder, dataset, device=order.device)
-    elif trained:
-        shutil.rmtree(order.folder / "model")
     return Outcome("done")
 
 

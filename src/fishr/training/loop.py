@@ -4,13 +4,13 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, res
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
+from fishr.training.observer import Observer, Observers, Silent
 from fishr.training.run_folder import RunFolder, snapshots_of, tidy
 from fishr.training.signals import stop_on_signal
+from fishr.training.tracking import Tracking
 
 STEPS_BETWEEN_LOOKS = 20
 """On an accelerator, steps between looks at the losses: each look makes the host wait."""
@@ -50,31 +52,6 @@ _INIT, _STEP = 0x1217, 0x57E9
 
 # Fabric writes what precision it uses to stderr; a library does not.
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-
-
-class Observer(Protocol):
-    """Somebody who watches a run, such as a progress bar."""
-
-    def on_images(self, done: int, total: int) -> None:
-        """So many of the images are decoded; not called when all are in the cache."""
-
-    def on_start(self, config: RunConfig, step: int) -> None:
-        """The run begins, or continues after ``step`` updates."""
-
-    def on_step(self, step: int, losses: Mapping[str, float]) -> None:
-        """``step`` updates have been made; the loss terms are those of the last one looked at."""
-
-    def on_record(self, record: RunRecord) -> None:
-        """A checkpoint was evaluated."""
-
-
-class Silent:
-    """An observer that does nothing."""
-
-    def on_images(self, done: int, total: int) -> None: ...
-    def on_start(self, config: RunConfig, step: int) -> None: ...
-    def on_step(self, step: int, losses: Mapping[str, float]) -> None: ...
-    def on_record(self, record: RunRecord) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +81,9 @@ def train(
     weights: Path | None = None,
     device: str = "auto",
     snapshots: bool = False,
+    keep_model: bool = True,
     observer: Observer | None = None,
+    track: str | None = None,
 ) -> RunResult:
     """Run one training, or continue it where it was cut.
 
@@ -120,14 +99,18 @@ def train(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         snapshots: Keep the model of every checkpoint that is made from now on; see
             :func:`fishr.training.run_folder.snapshots_of`.
+        keep_model: Keep the model of the run when it is done; tables need the records only.
         observer: Is told of steps and records.
+        track: Who else is told, of the config, the records and the model: one of
+            :data:`fishr.training.trackers.TRACKERS`, or nobody.
 
     Raises:
         RunError: the folder holds another run, all its checkpoints are damaged, it cannot be written, or it is done
             and has none of the snapshots that are asked for.
         RunInterruptedError: SIGINT or SIGTERM came; the state was saved.
         NonFiniteLossError: a loss term became NaN or infinite.
-        ConfigError: the config does not fit the dataset, or there is no such device.
+        ConfigError: the config does not fit the dataset, or there is no such device or tracker.
+        TrackingError: the tracker cannot be told that the run begins.
     """
     output = Path(output)
     named, given = (config.data, dict(config.data_options)), (dataset.name, dict(dataset.options))
@@ -137,6 +120,7 @@ def train(
     try:
         fabric = _fabric(device, config)
         folder = RunFolder(output, config)
+        tracking = None if track is None else Tracking(track, folder)
         if folder.done:
             tidy(output)
             if not folder.records():
@@ -147,8 +131,9 @@ def train(
                 )
             return _result(folder, dataset, trained=False)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            run = _Run(config, dataset, folder, fabric, observer or Silent(), weights, snapshots=snapshots)
-            with folder.alone():
+            observers = Observers(*(each for each in (tracking, observer) if each is not None))
+            run = _Run(config, dataset, folder, fabric, observers, weights, snapshots=snapshots, keep_model=keep_model)
+            with folder.alone(), tracking or nullcontext():
                 run.start()
                 run.finish()
     except (OSError, SafetensorError) as error:
@@ -226,9 +211,10 @@ class _Run:
         weights: Path | None,
         *,
         snapshots: bool = False,
+        keep_model: bool = True,
     ) -> None:
         self.config, self.dataset, self.folder, self.fabric, self.observer = config, dataset, folder, fabric, observer
-        self.snapshots = snapshots
+        self.snapshots, self.keep_model = snapshots, keep_model
         self.splits = _split_all(dataset, config)
         self.train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
         in_splits = [self.splits[name]["in"] for name in self.train_domains]
@@ -285,8 +271,9 @@ class _Run:
                 # Looked at once: a signal that comes later in this step counts for the next.
                 signal_number = stop.signal_number
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    self._record((time.perf_counter() - timed_from) / timed_steps)
+                    record = self._record((time.perf_counter() - timed_from) / timed_steps)
                     self._save()
+                    self.observer.on_record(record)
                     timed_from, timed_steps = time.perf_counter(), 0
                 elif signal_number is not None:
                     self._save()
@@ -296,7 +283,7 @@ class _Run:
                         "run the same command again to continue",
                         signal_number,
                     )
-            self._keep_model()
+            self._end()
             if stop.signal_number is not None:
                 raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
 
@@ -327,7 +314,7 @@ class _Run:
         saving = time.perf_counter() - began
         return saving + median(durations) / len(some.targets) * sum(len(samples.targets) for samples in evaluated)
 
-    def _record(self, seconds_per_step: float) -> None:
+    def _record(self, seconds_per_step: float) -> RunRecord:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
         earlier = self.folder.records()
         with self._weights(self._recorded_average()):
@@ -340,7 +327,7 @@ class _Run:
             loss = self._validation(record, "loss") if self.config.needs_validation_loss else None
             self.average.at_checkpoint(loss)
         self.folder.append(record)
-        self.observer.on_record(record)
+        return record
 
     def _recorded_average(self) -> dict[str, Tensor] | None:
         """What a record is about; None: the plain weights, whose validation loss SWAD follows."""
@@ -381,8 +368,8 @@ class _Run:
         settled = self.algorithm.switch_on_step + self.algorithm.ramp
         return record.step > min(settled, self.config.steps - 1) and record.step > self.algorithm.switch_on_step
 
-    def _keep_model(self) -> None:
-        """Write the model that is kept, and its record as the run's outcome."""
+    def _end(self) -> None:
+        """Write the record of the model that is kept as the run's outcome, and the model."""
         records = self.folder.records()
         if self.config.select:
             record = next(record for record in records if record.step == self.best.step)
@@ -394,7 +381,7 @@ class _Run:
             if weights is not None and self.config.needs_validation_loss:
                 # Its records are those of the plain weights.
                 record = replace(record, losses={}, domains=self._evaluate())
-            self.folder.finish(self._saved_model(record), record)
+            self.folder.finish(self._saved_model(record) if self.keep_model else None, record)
 
     @contextmanager
     def _weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:

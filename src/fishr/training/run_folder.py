@@ -28,6 +28,7 @@ from fishr.records import (
 from fishr.training.config import RunConfig
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+TRACKING_FILE = "tracking.json"
 
 TAKEOVER_SECONDS = 1.0
 """Enough to find out that a process on this machine has died; that one elsewhere has takes as long as a lease."""
@@ -37,7 +38,7 @@ class RunFolder:
     """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``snapshots/``, ``model/``, ``DONE``.
 
     ``DONE`` holds the record of the model kept, ``snapshots/step-000100`` the model at that checkpoint, where they are
-    asked for.
+    asked for. What :mod:`fishr.training.tracking` writes lies there too.
 
     Args:
         path: The folder; :meth:`create` makes it when it is not there.
@@ -52,6 +53,7 @@ class RunFolder:
         self.checkpoints, self.model = path / CHECKPOINTS, path / "model"
         self.metrics = path / RECORDS_FILE
         self.config_file = path / CONFIG_FILE
+        self.tracking_file = path / TRACKING_FILE
         self._held: SoftFileLease | None = None
         if self.config_file.exists():
             differences = _differences(self.config_file, config)
@@ -65,7 +67,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and write the config, where that has not been done; remove what a killed process left."""
-        remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE, FAILED_FILE)
+        remove_leftovers(self.path, CONFIG_FILE, RECORDS_FILE, "model", DONE_FILE, FAILED_FILE, TRACKING_FILE)
         for folder in (self.checkpoints, self.path / SNAPSHOTS):
             remove_leftovers(folder, "step-*")
         if not self.config_file.exists():
@@ -160,11 +162,12 @@ class RunFolder:
         with new_folder(self.path / SNAPSHOTS / f"step-{step:06d}") as aside:
             save_model(aside, model)
 
-    def finish(self, model: SavedModel, record: RunRecord) -> None:
-        """Write the model and mark the run as done; its checkpoints are of no more use."""
+    def finish(self, model: SavedModel | None, record: RunRecord) -> None:
+        """Write the model, where it is to be kept, and mark the run as done; its checkpoints are of no more use."""
         self.check_still_alone()
-        with new_folder(self.model) as aside:
-            save_model(aside, model)
+        if model is not None:
+            with new_folder(self.model) as aside:
+                save_model(aside, model)
         write_text(self._done, record.to_json() + "\n")
         tidy(self.path)
 

@@ -143,6 +143,7 @@ def run_methods(
     *,
     data_root: Path | None = None,
     device: str = "auto",
+    track: str | None = None,
 ) -> list[MethodRun]:
     """Every method with every seed, each a run of its own in ``folder/METHOD-SEED``; done ones are only read.
 
@@ -157,7 +158,9 @@ def run_methods(
         for method in methods:
             config = method_config(setting, method, dataset, seed)
             with watcher.run(method, seed) as observer:
-                result = train(config, dataset, folder / f"{method}-{seed}", device=device, observer=observer)
+                result = train(
+                    config, dataset, folder / f"{method}-{seed}", device=device, observer=observer, track=track
+                )
             keep_mistakes(result.folder, dataset, device=device)
             run = _outcome(method, seed, result.records)
             runs.append(run)

@@ -195,6 +195,7 @@ def compare(
     *,
     weights: Path | None = None,
     device: str = "auto",
+    track: str | None = None,
 ) -> Outcome:
     """Compare algorithms with ERM on held-out domains, and train the one to use on all domains.
 
@@ -209,13 +210,14 @@ def compare(
         watcher: Is told what happens.
         weights: File with the initial weights, where the setting's model names one by its digest.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        track: Who is told of each run, as :func:`fishr.training.train` takes it.
 
     Raises:
         ConfigError: too few domains, or a budget that is too short.
         RunError: the folder holds a comparison of other data or networks.
         FishrError: as :func:`fishr.training.train`.
     """
-    return _Comparison(dataset, setting, folder, watcher, weights, device).outcome()
+    return _Comparison(dataset, setting, folder, watcher, weights, device, track).outcome()
 
 
 @dataclass
@@ -226,6 +228,7 @@ class _Comparison:
     watcher: Watcher
     weights: Path | None
     device: str
+    track: str | None
     results: dict[str, tuple[RunConfig, RunResult]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -387,6 +390,7 @@ class _Comparison:
                 weights=self.weights,
                 device=self.device,
                 observer=observer,
+                track=self.track,
             )
         self.results[config.hash] = config, result
         self.watcher.on_result(name, config, result)

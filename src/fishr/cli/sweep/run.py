@@ -60,6 +60,7 @@ def run(
     keep_models: bool = typer.Option(
         False, "--keep-models", help="Keep the model of each run made; tables need the records only."
     ),
+    track: str | None = options.Track,
     config_file: Path | None = ConfigFile,
     executor: str = typer.Option("local", "--executor", help="local, or ray.", rich_help_panel=SCALE),
     num_slots: int | None = typer.Option(
@@ -176,7 +177,7 @@ def run(
             dataset, backbone, backbone_arg, weights, no_pretrained, mean, std, train_batch_norm=train_batch_norm
         )
         orders += [
-            Order(config, source, sweep.runs / config.hash, weights, device, keep_models)
+            Order(config, source, sweep.runs / config.hash, weights, device, keep_models, track)
             for config in configs(grid, dataset, model)
         ]
     done = sum((order.folder / DONE_FILE).exists() for order in orders)
