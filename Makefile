@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: .venv/installed
 	.venv/bin/fishr demo
@@ -17,6 +17,10 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	.venv/bin/mypy
 
+# The variable silences the notice that the theme ends in May 2027; Zensical, its successor, reads the same files.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
@@ -27,4 +31,4 @@ types: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

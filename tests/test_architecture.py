@@ -1,6 +1,5 @@
 """A module imports what stands below it, never above; light rooms start without torch."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -8,68 +7,26 @@ from pathlib import Path
 import pytest
 
 import fishr
+import house
 
-SOURCE = Path(fishr.__file__).parent
-HOUSE = (
-    "cli",
-    "workflows",
-    "estimator",
-    "reports",
-    "sweeps",
-    "analysis",
-    "deploy",
-    "testing",
-    "training",
-    "selection",
-    "records",
-    "algorithms",
-    "models",
-    "data",
-    "nn",
-    "functional",
-    "devices",
-    "space",
-    "registry",
-    "files",
-    "errors",
-)
-"""Rooms from the roof down."""
-
-
-def room_of(module: str) -> str | None:
-    parts = module.split(".")
-    if parts[0] == "fishr" and len(parts) == 2:  # a public name, such as fishr.train, stands where it is defined
-        parts = fishr._HOMES.get(parts[1], module).split(".")
-    return parts[1] if parts[0] == "fishr" and len(parts) > 1 else None
-
-
-def imported_modules(path: Path) -> list[str]:
-    modules = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide where they lead"
-            modules += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-    return modules
+ROOMS = house.rooms()
 
 
 def upward_imports(path: Path, room: str) -> list[str]:
     return [
-        module
-        for module in imported_modules(path)
-        if (target := room_of(module)) in HOUSE and HOUSE.index(target) < HOUSE.index(room)
+        name for name, other in house.imported_rooms(path) if other in ROOMS and ROOMS.index(other) < ROOMS.index(room)
     ]
 
 
-MODULES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", house.modules(), ids=lambda path: str(path.relative_to(house.SOURCE)))
 def test_imports_lead_downwards(path):
-    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    assert room in HOUSE, f"{path} stands in no room of the house"
+    room = house.room_of(path)
+    assert room in ROOMS, f"{path} stands in no room of the house"
     assert not upward_imports(path, room)
+
+
+def test_every_room_has_modules():
+    assert {house.room_of(path) for path in house.modules()} == set(ROOMS)
 
 
 def test_an_upward_import_is_found(tmp_path):
@@ -78,6 +35,23 @@ def test_an_upward_import_is_found(tmp_path):
     assert upward_imports(module, "algorithms") == ["fishr.training", "fishr.training.train"]
     module.write_text("from fishr import FishrPenalty, train\n")
     assert upward_imports(module, "algorithms") == ["fishr.train"]
+
+
+def test_the_picture_leaves_out_arrows_that_follow_from_others():
+    direct = house.direct({"cli": {"training", "errors"}, "training": {"errors"}, "errors": set()})
+    assert direct == {"cli": {"training"}, "training": {"errors"}, "errors": set()}
+    drawn = house.picture(direct)
+    assert [room for room in ROOMS if f">{room}</text>" in drawn] == ["cli", "training", "errors"]
+    assert drawn.count("C") == 2  # one curve from floor to floor for each arrow
+
+
+def test_in_the_picture_arrows_lead_down_and_nothing_lies_on_something_else():
+    arrows = house.direct(house.arrows())
+    floors = house.floors_of(arrows)
+    assert all(floors[room] < floors[other] for room in arrows for other in arrows[room])
+    columns = house.columns_of(arrows, floors, house.routes(arrows, floors))
+    places = [(house.floor_of(node, floors), column) for node, column in columns.items()]
+    assert len(set(places)) == len(places) >= len(ROOMS)
 
 
 def test_light_rooms_start_without_torch():

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any, get_args
@@ -80,6 +81,26 @@ def describe(name: str) -> Description:
         tuple(_hyperparameters(algorithm.Config)),
         json.loads(files("fishr.algorithms").joinpath(STEP_COSTS).read_text(encoding="utf-8")).get(name, {}),
     )
+
+
+def by_kind(values: Mapping[str, Any]) -> str:
+    """One value where all kinds of data have the same, else each with its kinds.
+
+    >>> by_kind({"vectors": 0.001, "small_images": 0.001, "images": 5e-5})
+    '0.001 for vectors and small images; 5e-05 for images'
+    """
+    kinds: dict[str, list[str]] = {}
+    for kind, value in values.items():
+        kinds.setdefault(_value(value), []).append(kind.replace("_", " "))
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{value} for {' and '.join(of_value)}" for value, of_value in kinds.items())
+
+
+def _value(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as --set reads it
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _hyperparameters(config: type[AlgorithmConfig]) -> list[Hyperparameter]:

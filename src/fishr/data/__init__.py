@@ -26,6 +26,7 @@ DatasetFactory = Callable[..., MultiDomainDataset]
 """``(root: Path | None, seed: int, subset: int | None, ...options of its own, by keyword)`` to a dataset."""
 
 DATASETS: Registry[DatasetFactory] = Registry("dataset", "fishr.datasets")
+"""Datasets that have a name; others are found by their paths."""
 DATASETS.register("colored-digits", colored_digits)
 DATASETS.register("colored-mnist", colored_mnist)
 DATASETS.register("colored-mnist-irm", colored_mnist_irm)
