@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -202,6 +203,22 @@ def test_a_stopped_run_continues_as_the_same_one(tracker: str, runs: Path, digit
         assert mlflow_run(run).info.status == "FINISHED"
     if tracker == "wandb":
         assert {record.run.run_id for record in wandb_records(run) if record.HasField("run")} == {name}
+
+
+def test_a_continued_run_is_running_again(runs: Path, digits: MultiDomainDataset) -> None:
+    run, states = runs / "running", []
+    stop_at(5, digits, run, track="mlflow")
+    look = AtStep(10, lambda: states.append(mlflow_run(run).info.status))
+    train(run_config("fishr"), digits, run, device="cpu", observer=look, track="mlflow")
+    assert states == ["RUNNING"]
+
+
+def test_a_run_that_has_lost_its_checkpoints_tells_only_what_is_new(runs: Path, digits: MultiDomainDataset) -> None:
+    run = runs / "from-the-start"
+    stop_at(9, digits, run, track="mlflow")
+    shutil.rmtree(run / "checkpoints")
+    train(run_config("fishr"), digits, run, device="cpu", track="mlflow")
+    assert [step for step, _ in mlflow_points(run)["train/loss"]] == [4, 8, STEPS]
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
