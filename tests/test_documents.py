@@ -33,11 +33,12 @@ PAGES = WRITTEN | {f"docs/{address}": text for address, text in algorithm_pages.
 
 SMALLER = {
     "fishr analyze": "--subset 20",
-    "fishr compare": "--draws 1 --seeds 2 --steps 2",
+    "fishr compare": "--draws 1 --seeds 1 --steps 2",
     "fishr compare pictures": "--image-size 32",
+    "fishr demo": "--seeds 1 --steps 10",
     "fishr sweep run": "--draws 2 --trials 1 --steps 2",
     "fishr sweep run --config benchmarks/sweeps/mnist.yaml": "--draws 1 --subset 40",
-    "fishr train": "--steps 4",
+    "fishr train": "--steps 2",
     "fishr train --data colored-mnist": "--subset 40",
     "fishr train --data rotated-mnist": "--subset 40",
 }
@@ -48,7 +49,6 @@ NOT_RUN = {
     "fishr sweep run --config benchmarks/sweeps/mnist.yaml --output runs/mnist --executor ray": "needs a Ray cluster",
     "make": "what .ci/run calls",
     "mlflow ui": "goes on until it is stopped",
-    "python benchmarks/": "measures; tests/test_benchmarks.py runs them in toy sizes",
     "source": "changes a shell",
     "srun": "needs a scheduler",
     "tensorboard": "goes on until it is stopped",
@@ -58,7 +58,10 @@ NOT_RUN = {
 
 TAKEN_FOR_GRANTED = {
     "README.md": ("docs/diagnose.md", "fishr train"),
-    "docs/diagnose.md": ("docs/your-images.md", "fishr train --data pictures --test-domain sketch"),
+    "docs/diagnose.md": (
+        "docs/your-images.md",
+        "fishr train --data pictures --test-domain sketch --backbone mobilenetv2_100 --image",
+    ),
 }
 """A page to the commands, of another one, whose runs it names; how these begin."""
 
