@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -576,3 +577,61 @@ def test_errors_are_those_of_scikit_learn_and_ours():
     assert issubclass(ConfigError, ValueError)
     with pytest.raises(FishrError):
         small(epochs=0).fit(X, Y)
+
+
+def test_a_penalty_weight_takes_the_place_of_the_strength():
+    X, y, domains = drawn_for_weights()
+    weak, strong, followed = (
+        FishrClassifier("fishr", hidden=(8,), epochs=10, hparams=hparams, random_state=0).fit(X, y, domains=domains)
+        for hparams in ({"penalty_weight": 0.0}, {"penalty_weight": 1e4}, {"penalty_weight": 1e4, "strength": 0.5})
+    )
+    probabilities = [model.predict_proba(X) for model in (weak, strong, followed)]
+    assert not np.allclose(probabilities[0], probabilities[1], atol=1e-3)
+    assert not np.allclose(probabilities[1], probabilities[2], atol=1e-3)
+
+
+def drawn_for_weights():
+    rng = np.random.default_rng(0)
+    y, domains = rng.integers(2, size=200), rng.integers(2, size=200)
+    return rng.normal(size=(200, 4)) + y[:, None] * (1 + 2 * domains[:, None]), y, domains
+
+
+def test_fits_in_threads_are_reproducible_and_leave_torch_as_it_was():
+    X, y, _ = drawn_for_weights()
+    before = torch.get_rng_state()
+
+    def fit(_: int) -> np.ndarray:
+        model = FishrClassifier("erm", hidden=(8,), epochs=3, hparams={"dropout": 0.5}, random_state=0)
+        return model.fit(X, y).predict_proba(X)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(fit, range(8)))
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_fit_on_a_cpu_leaves_cuda_alone(monkeypatch):
+    X, y, _ = drawn_for_weights()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: pytest.fail("CUDA was started up"))
+    FishrClassifier("erm", hidden=(8,), epochs=1, device="cpu", random_state=0).fit(X, y)
+
+
+@pytest.mark.parametrize("bad", [[float("nan"), "a"], [None, "a"], [0, "a"]], ids=["nan", "none", "mixed"])
+def test_lists_of_domains_are_not_taken_for_names(bad):
+    X, y, _ = drawn_for_weights()
+    with pytest.raises(InputError, match="domains must be all names or all numbers, none of them missing"):
+        FishrClassifier("erm").fit(X, y, domains=bad * 100)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_class_weights_are_finite_and_not_negative(weight):
+    X, y, _ = drawn_for_weights()
+    with pytest.raises(ConfigError, match="class_weight must have finite weights of at least 0, got"):
+        FishrClassifier("erm", class_weight={1: weight}).fit(X, y)
+
+
+def test_weights_that_blow_up_in_the_last_step_are_no_model():
+    X, y, _ = drawn_for_weights()
+    with pytest.raises(NonFiniteLossError, match="the weights became NaN or infinite in the last step"):
+        FishrRegressor("erm", hidden=(8,), epochs=1, batch_size=None, lr=1e39).fit(X, y)

@@ -7,11 +7,13 @@ epochs.
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from numbers import Integral, Real
 from statistics import fmean
+from threading import Lock
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -125,8 +127,7 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
         batches = _Batches(rows, config.batch_size, rng)
 
         device = torch_device(self.device)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with _torch_random_state(seed, device):
             if self._continues:
                 network = copy.deepcopy(self.network_).train()
             else:
@@ -137,6 +138,8 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
             inputs, targets = torch.from_numpy(X).to(device), targets.to(device)
             self._train(algorithm, network, inputs, targets, batches, aside)
 
+        if not all(torch.isfinite(weights).all() for weights in network.parameters()):
+            raise NonFiniteLossError("the weights became NaN or infinite in the last step: try a smaller lr")
         network.zero_grad()
         self.network_ = network.cpu().eval()
         self.algorithm_ = algorithm_class
@@ -241,27 +244,28 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
             )
         given = {**(self.hparams or {}), "lr": self.lr, "batch_size": self.batch_size}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
-        return algorithm, algorithm.Config.recommended("vectors").updated(plain)
+        return algorithm, algorithm.Config.recommended("vectors").with_given(plain)
 
 
 class FishrClassifier(ClassifierMixin, _DomainEstimator):  # type: ignore[misc]
     """A classifier of vectors that is trained on several domains.
 
     The network is a multilayer perceptron with a linear head, trained with cross-entropy by any algorithm of this
-    package whose prediction depends on the sample alone. Standardise the features before. All of scikit-learn's tools
-    take it; in a pipeline, ``cross_val_score`` or ``GridSearchCV`` the domains reach :meth:`fit` as metadata, which
-    with ``sklearn.set_config(enable_metadata_routing=True)`` needs no request.
+    package whose prediction depends on the sample alone. Standardise the features before. In a pipeline,
+    ``cross_val_score`` or ``GridSearchCV`` the domains reach :meth:`fit` as metadata, which with
+    ``sklearn.set_config(enable_metadata_routing=True)`` needs no request.
 
     Without domains an algorithm that compares them is replaced by ERM, with a warning.
 
     Args:
         algorithm: Name of an algorithm (``fishr algorithms list``), or its class.
         hidden: Width of each hidden layer; ``()`` for a linear model.
-        epochs: Number of epochs. In each as many samples are drawn as there are, with replacement.
+        epochs: Number of epochs. In each as many samples are drawn as there are, with replacement, but for what fills
+            the last batch up.
         batch_size: Samples of each domain in a batch; None for all of them at every step.
         lr: Learning rate of Adam.
         hparams: Further hyperparameters of the algorithm (``fishr algorithms show NAME``); what is not given is as
-            recommended for vectors.
+            recommended for vectors. A ``penalty_weight`` takes the place of the recommended ``strength``.
         class_weight: Weight of a sample's loss by its class: a dict of those that are not 1, or ``"balanced"``, which
             is n / (number of classes · samples of the class). Losses are not divided by the sum of weights.
         early_stopping: Set samples aside from each domain, and keep the weights of the epoch with the best mean over
@@ -482,6 +486,22 @@ class _Batches:
         return torch.from_numpy(np.concatenate(drawn, axis=1))
 
 
+_ONE_FIT = Lock()
+"""torch's random state is the process's: fits in threads take turns."""
+
+
+@contextmanager
+def _torch_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random state inside the block; after it, it is as it was."""
+    with _ONE_FIT, torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would start CUDA up, or seed it, for a fit on a CPU
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
 def _network(num_features: int, hidden: Sequence[int], num_outputs: int) -> nn.Sequential:
     """Featurizer and linear head, initialised from torch's random state."""
     layers: list[nn.Module] = []
@@ -503,7 +523,9 @@ def _rows_of_domains(domains: Any, num_samples: int) -> tuple[NDArray[Any] | Non
     """Names of the domains and the rows of each; None and all rows where none were given."""
     if domains is None:
         return None, [np.arange(num_samples)]
-    column = np.asarray(domains)
+    column = np.asarray(domains, dtype=object) if isinstance(domains, list | tuple) else np.asarray(domains)
+    if np.ma.is_masked(domains):
+        raise InputError("domains must be all names or all numbers, none of them missing")
     if column.shape != (num_samples,):
         raise InputError(
             f"domains must be the domain of each of the {num_samples} samples, [sample], got shape {list(column.shape)}"
@@ -531,6 +553,8 @@ def _class_weights(
         if absent and unweighted:
             raise ConfigError(f"class_weight names {absent[0]!r}, which is no class; the classes are {labels}")
         weights = np.array([given.get(label, 1.0) for label in labels], np.float32)
+        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+            raise ConfigError(f"class_weight must have finite weights of at least 0, got {given!r}")
     elif given == "balanced":
         weights = (len(targets) / (len(classes) * np.bincount(targets))).astype(np.float32)
     else:

@@ -75,8 +75,45 @@ def test_it_is_differentiated_as_often_as_one_likes():
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     leaves, targets, _ = draw(bias=True)
-    with pytest.raises(RuntimeError, match="the Fishr penalty is differentiable once, not with create_graph=True"):
-        torch.autograd.grad(in_one(leaves, targets, True)[0], leaves, create_graph=True)
+    ours = torch.autograd.grad(in_one(leaves, targets, True)[0], leaves, create_graph=True)
+    assert oracles.relative_error(ours, torch.autograd.grad(in_parts(leaves, targets, True)[0], leaves)) <= 1e-12
+    with pytest.raises(RuntimeError, match="the Fishr penalty is differentiable once"):
+        torch.autograd.grad(ours[0].sum() + leaves[0].square().sum(), leaves)
+
+
+def test_a_graph_is_used_once_unless_it_is_retained():
+    leaves, targets, _ = draw(bias=True)
+    penalty, _ = in_one(leaves, targets, True)
+    torch.autograd.grad(penalty, leaves)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(penalty, leaves)
+
+
+def test_a_backward_pass_within_autocast_changes_nothing():
+    leaves, targets, _ = draw(bias=True, dtype=torch.float32)
+    expected = torch.autograd.grad(in_one(leaves, targets, True)[0], leaves)
+    penalty, _ = in_one(leaves, targets, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(penalty, leaves)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+def test_small_gradients_in_half_precision_survive_a_scaled_loss():
+    leaves, targets, _ = draw(bias=True, dtype=torch.float32)
+    leaves[0] = (1e-2 * leaves[0]).half().detach().requires_grad_()
+    scale = 65536.0 * 1000
+    ours, theirs = (torch.autograd.grad(scale * way(leaves, targets, True)[0], leaves) for way in (in_one, in_parts))
+    assert ours[0].dtype == torch.float16
+    assert ours[0].abs().max() > 0
+    assert oracles.relative_error(ours[0].float(), theirs[0].float()) <= 1e-2
+
+
+def test_a_history_in_double_precision():
+    leaves, targets, history = draw(bias=True, dtype=torch.float32)
+    ours, theirs = (way(leaves, targets, True, history.double()) for way in (in_one, in_parts))
+    assert oracles.relative_error(ours[0], theirs[0]) <= 1e-5
+    gradients = [torch.autograd.grad(way[0], leaves) for way in (ours, theirs)]
+    assert oracles.relative_error(*gradients) <= 1e-5
 
 
 def test_far_logits_are_finite():

@@ -530,9 +530,23 @@ def test_hooks_of_the_average_are_called():
     head, seen = make_head(), []
     features, logits, targets = draw_step(head=head)
     penalty = FishrPenalty(head, 2)
-    penalty.average.register_forward_hook(lambda module, inputs, value: seen.append(value))
-    penalty(features, logits, targets, (7, 7))
-    assert len(seen) == 1
+    penalty.average.register_forward_hook(lambda module, inputs, value: seen.append("forward"))
+    penalty.average.register_full_backward_hook(lambda module, *gradients: seen.append("backward"))
+    penalty(features, logits, targets, (7, 7)).backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_an_average_of_ones_own_is_called():
+    class Tripled(nn.Module):
+        def forward(self, variances):
+            return 3 * variances
+
+    head = make_head()
+    features, logits, targets = draw_step(head=head)
+    plain, tripled = (FishrPenalty(head, 2, ema=0.0) for _ in range(2))
+    tripled.average = Tripled()
+    values = [penalty(features, logits, targets, (7, 7)) for penalty in (plain, tripled)]
+    assert oracles.relative_error(values[1], 9 * values[0]) <= 1e-5
 
 
 def test_autocast_around_a_small_batch_changes_nothing(monkeypatch):

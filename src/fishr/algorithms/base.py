@@ -101,6 +101,12 @@ class AlgorithmConfig:
                 raise unknown("hyperparameter", name, names)
         return replace(self, **changes)
 
+    def with_given(self, changes: Mapping[str, Any]) -> Self:
+        """As :meth:`updated`, where a ``penalty_weight`` takes the place of a ``strength`` that nobody gave."""
+        if "penalty_weight" in changes and hasattr(self, "strength"):
+            changes = {"strength": None, **changes}
+        return self.updated(changes)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

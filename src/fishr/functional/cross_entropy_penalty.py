@@ -74,7 +74,7 @@ class _CrossEntropyPenalty(torch.autograd.Function):
         differences -= differences.mean(0)
         scale = 1 / differences.numel() if reduction == "mean" else 1.0
 
-        ctx.save_for_backward(features, probabilities, h, r, means, counts, differences)
+        ctx.save_for_backward(features, logits, probabilities, h, r, means, counts, differences)
         ctx.scale, ctx.gradients = scale, None
         ctx.mark_non_differentiable(variances)
         ctx.set_materialize_grads(False)
@@ -84,16 +84,31 @@ class _CrossEntropyPenalty(torch.autograd.Function):
     def backward(
         ctx: Any, grad: Tensor | None, _: None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the Fishr penalty is differentiable once, not with create_graph=True")
+        features, logits, probabilities, h, r, means, counts, differences = ctx.saved_tensors
         if grad is None:
             return None, None, None, None, None, None, None
-        if ctx.gradients is None:
-            features, probabilities, h, r, means, counts, differences = ctx.saved_tensors
-            of_features, q = stacked_gradients(differences * (2 * ctx.scale), h, r, means, counts)
-            of_logits = q.view_as(probabilities).to(probabilities.dtype) * probabilities
-            of_logits.addcmul_(probabilities, of_logits.sum(1, keepdim=True), value=-1)
-            of_features = of_features[:, :, : features.shape[1]].reshape(features.shape)
-            ctx.gradients = of_features.to(features.dtype), of_logits
-        of_features, of_logits = ctx.gradients
-        return of_features * grad, of_logits * grad, None, None, None, None, None
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            if ctx.gradients is None:
+                of_variances = (differences * (2 * ctx.scale)).to(h.dtype)
+                of_features, q = stacked_gradients(of_variances, h, r, means, counts)
+                of_logits = q.view_as(probabilities).to(probabilities.dtype) * probabilities
+                of_logits.addcmul_(probabilities, of_logits.sum(1, keepdim=True), value=-1)
+                ctx.gradients = of_features[:, :, : features.shape[1]].reshape(features.shape), of_logits
+            # Not rounded before they are scaled: in half precision small gradients would vanish.
+            of_features, of_logits = ((gradient * grad) for gradient in ctx.gradients)
+            of_features = of_features.to(features.dtype)
+        if torch.is_grad_enabled():
+            of_features, of_logits = (_Once.apply(gradient, features, logits) for gradient in (of_features, of_logits))
+        return of_features, of_logits, None, None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is not to be taken for a constant where it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *of: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("the Fishr penalty is differentiable once")

@@ -26,6 +26,9 @@ Variant = Literal["variance", "second_moment", "covariance"]
 
 PUBLISHED_DECAY = 0.95
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""What a module calls besides itself."""
+
 
 class FishrPenalty(nn.Module):
     """Distance between the domains' gradient variances of a linear head (Rame et al., ICML 2022).
@@ -144,12 +147,14 @@ class FishrPenalty(nn.Module):
         return (
             self.variant == "variance"
             and isinstance(domains, Sequence)
+            and all(type(size) is int for size in domains)
             and len(domains) == self.num_domains
             and sum(domains) == len(features) > 0
             and fit_together(list(domains), features)
             and not targets.is_floating_point()
             and is_plain_cross_entropy(self.loss, targets)
-            and not (self.average._forward_hooks or self.average._forward_pre_hooks)
+            and type(self.average) in (MovingAverage, nn.Identity)
+            and not any(getattr(self.average, hooks) for hooks in HOOKS)
             and not is_distributed()
             and not torch.compiler.is_compiling()
         )

@@ -124,15 +124,12 @@ class RunConfig:
         customary = () if dataset.test_domain is None else (dataset.test_domain,)
         config = ALGORITHMS[algorithm].Config
         defaults = config.default(dataset.kind) if dataset.published else config.recommended(dataset.kind)
-        changes = dict(hparams or {})
-        if "penalty_weight" in changes and hasattr(defaults, "strength"):
-            changes.setdefault("strength", None)
         return cls(
             data=dataset.name,
             data_options=dict(dataset.options),
             test_domains=customary if test_domains is None else test_domains,
             algorithm=algorithm,
-            hparams=defaults.updated(changes),
+            hparams=defaults.with_given(hparams or {}),
             model=default_model(dataset.kind, dataset.input_shape) if model is None else model,
             steps=steps,
             checkpoint_every=max(1, steps // 10) if checkpoint_every is None else checkpoint_every,
