@@ -21,6 +21,7 @@ from fishr.cli import main
 from fishr.cli.app import app, spread_values
 from fishr.cli.config_file import with_config_file
 from small_runs import picture, write_pictures
+from tracked_runs import NOLOAD, keep_trackers_local
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,10 +199,12 @@ def place(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / ".hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     close_session()
+    keep_trackers_local(monkeypatch, tmp_path / ".trackers")
     yield tmp_path
     close_session()
 
 
+@pytest.mark.filterwarnings(NOLOAD)
 @pytest.mark.parametrize("page", [page for page, commands in COMMANDS.items() if commands])
 def test_commands_run(page: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     other, beginning = TAKEN_FOR_GRANTED.get(page, (page, "nothing"))
