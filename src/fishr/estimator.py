@@ -255,7 +255,7 @@ class FishrClassifier(ClassifierMixin, _DomainEstimator):  # type: ignore[misc]
     ``cross_val_score`` or ``GridSearchCV`` the domains reach :meth:`fit` as metadata, which with
     ``sklearn.set_config(enable_metadata_routing=True)`` needs no request.
 
-    Without domains an algorithm that compares them is replaced by ERM, with a warning.
+    Without domains an algorithm that needs several is replaced by ERM, with a warning.
 
     Args:
         algorithm: Name of an algorithm (``fishr algorithms list``), or its class.

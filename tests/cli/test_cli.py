@@ -1,6 +1,7 @@
 """The command line as its users meet it."""
 
 import json
+import shlex
 
 import pytest
 
@@ -84,11 +85,18 @@ def test_train_writes_a_run_and_says_so(capsys, tmp_path):
     assert first["held_out"] == ["-90%"]
     assert set(first["accuracy"]) == {"+80%", "+90%", "-90%", "gray"}
     assert all(0 <= value <= 1 for splits in first["accuracy"].values() for value in splits.values())
-    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
+    of_run, of_report = (
+        {"config.json", "metrics.jsonl", "model", "DONE"},
+        {"mistakes.json", "made_by.json", "report.html"},
+    )
+    assert {path.name for path in folder.iterdir()} == of_run | of_report
+    made_by = (folder / "made_by.json").read_bytes()
+    assert json.loads(made_by)["command"] == shlex.join(["fishr", *TRAIN, "--output", str(folder), "--json"])
 
-    assert main([*TRAIN, "--output", str(folder), "--json"]) == 0
+    assert main([*TRAIN, "--output", str(folder), "--json", "--quiet"]) == 0
     second = json.loads(capsys.readouterr().out)
     assert second == {**first, "trained": False}
+    assert (folder / "made_by.json").read_bytes() == made_by
 
     assert "steps: 10 → 20" in error_of(capsys, [*TRAIN, "--output", str(folder), "--steps", "20"])
 
@@ -196,3 +204,18 @@ def test_an_interrupted_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr("fishr.data.load_dataset", interrupted)
     assert main(TRAIN) == 130
     assert capsys.readouterr().err == "fishr: interrupted\n"
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*TRAIN, "--output", str(folder), "--quiet"]) == 0
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    (folder / "made_by.json").write_text("{")
+    capsys.readouterr()
+    assert main([*TRAIN, "--output", str(folder), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "Done before, nothing to do" in said.out
+    assert "Report:" not in said.out
+    assert "warning: the report in" in said.err
+    assert "made_by.json cannot be read" in said.err

@@ -75,6 +75,7 @@ def test_called_again_it_makes_only_what_is_missing(done: Path, capsys: pytest.C
         "fishr: 2 runs: 1 dataset x 2 algorithms x held-out domains x 1 draw x 1 trial; 2 of them done\n"
     )
     assert "2 runs done" in said.out
+    assert f"Report: {done / 'report.html'}" in said.out
     assert sweep(done, "--draws", "2", "--dry-run") == 0
     assert "4 runs: 1 dataset x 2 algorithms x held-out domains x 2 draws x 1 trial; 2 of them done" in (
         capsys.readouterr().err

@@ -65,9 +65,14 @@ def test_a_table_tells_how_well_it_did(capsys: pytest.CaptureFixture[str], folde
         ["shop", "trained on", "", percent["shop", "out"]],
         ["street", "held out", percent["street", "in"], percent["street", "out"]],
     ]
-    last = shown.out.splitlines()[-1]
-    assert last == f"Trained: accuracy in % of the model kept (step 2 of 2); model in {run / 'model'}."
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "model", "DONE"}
+    assert shown.out.splitlines()[-2:] == [
+        f"Trained: accuracy in % of the model kept (step 2 of 2); model in {run / 'model'}.",
+        f"Report: {run / 'report.html'}",
+    ]
+    assert {path.name for path in run.iterdir()} == {
+        *("config.json", "metrics.jsonl", "model", "DONE"),
+        *("mistakes.json", "made_by.json", "report.html"),
+    }
     card = (run / "model/README.md").read_text()
     assert "| trained on the domains | lab, shop |" in card
     assert "| input | RGB images, resized to 16 x 16 |" in card
@@ -76,10 +81,11 @@ def test_a_table_tells_how_well_it_did(capsys: pytest.CaptureFixture[str], folde
 
     assert main(command) == 0
     again = capsys.readouterr().out
-    assert again.splitlines()[:-1] == shown.out.splitlines()[:-1]
-    assert again.splitlines()[-1].startswith(
+    assert again.splitlines()[:-2] == shown.out.splitlines()[:-2]
+    assert again.splitlines()[-2].startswith(
         "Done before, nothing to do: accuracy in % of the model kept (step 2 of 2)"
     )
+    assert again.splitlines()[-1] == f"Report: {run / 'report.html'}"
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:

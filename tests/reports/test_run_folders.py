@@ -191,10 +191,6 @@ def test_a_last_line_that_was_cut_off_loses_that_line_only(write: Any, tmp_path:
             lambda run: (run / "config.json").write_text(json.dumps(CONFIG | {"format": 1})),
             "written by another version of fishr (format 1, not 2)",
         ),
-        (
-            lambda run: (run / "config.json").write_text(json.dumps(CONFIG | {"draw": None})),
-            "made by no sweep: its config has no draw",
-        ),
     ],
 )
 def test_what_counts_for_nothing_is_named(spoil: Any, reason: str, tmp_path: Path) -> None:
@@ -205,6 +201,13 @@ def test_what_counts_for_nothing_is_named(spoil: Any, reason: str, tmp_path: Pat
         assert [history.folder for history in found.histories] == [str(good)]
         assert list(found.problems) == [str(bad)]
         assert reason in found.problems[str(bad)]
+
+
+def test_a_run_of_no_sweep_has_no_draw_of_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert only(run).swept
+    (run / "config.json").write_text(json.dumps(CONFIG | {"draw": None}))
+    assert (only(run).swept, only(run).draw) == (False, 0)
 
 
 def test_errors_name_the_path(tmp_path: Path) -> None:
