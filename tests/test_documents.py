@@ -239,6 +239,14 @@ def test_messages_that_are_explained_are_all_tested() -> None:
     assert re.findall(r"^`(.+)`$", section, re.MULTILINE) == list(GOES_WRONG)
 
 
+def test_a_run_leaves_what_is_listed(place: Path) -> None:
+    assert main(shlex.split(f"train --data pictures --test-domain sketch --output runs/pictures {SMALL}")) == 0
+    _, _, section = PAGES["docs/your-images.md"].partition("### What comes out")
+    _, listing = next(blocks(section, "text"))
+    listed = [line.split()[0].rstrip("/") for line in listing.splitlines()]
+    assert sorted(listed) == sorted(["runs/pictures", *(path.name for path in Path("runs/pictures").rglob("*"))])
+
+
 def test_there_is_something_to_check() -> None:
     assert PYTHON
     assert {"README.md", "docs/index.md", "docs/your-images.md", "docs/algorithms/fishr.md"} <= COMMANDS.keys()
