@@ -58,7 +58,6 @@ NOT_RUN = {
 """How a line begins to why it is not run."""
 
 TAKEN_FOR_GRANTED = {
-    "README.md": ("docs/diagnose.md", "fishr train"),
     "docs/diagnose.md": (
         "docs/your-images.md",
         "fishr train --data pictures --test-domain sketch --backbone mobilenetv2_100 --image",
