@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium(browser: str) -> Iterator[Browser]:
     """Chrome or Chromium without a window, which reaches no network."""
     with sync_playwright() as playwright:
