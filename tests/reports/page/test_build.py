@@ -180,6 +180,8 @@ def test_a_comparison_says_its_verdict(tmp_path):
         "fishr": {name: [0.51, 0.6] for name in DOMAINS},
     }
     content = {
+        "data": "toys",
+        "extent": {"draws": 1, "seeds": 2, "steps": 20},
         "accuracies": accuracies,
         "titles": {"erm": "ERM", "fishr": "Fishr"},
         "verdict": {"chosen": "fishr", "decided": True, "sentence": "Fishr is better."},
@@ -188,12 +190,14 @@ def test_a_comparison_says_its_verdict(tmp_path):
     write_run(tmp_path / "runs" / "a", draw=None)
     (tmp_path / "results.json").write_text(json.dumps(content))
     page = page_of([tmp_path])
+    assert page.title == "Comparison on toys"
     assert page.answer[0] == "Fishr is better."
     assert page.answer[1].startswith(
         "On a domain like these that it has not seen, expect of Fishr an accuracy of about 55%"
     )
     (table,) = section(page, "results-0").tables
     assert [row[0] for row in table.rows] == ["ERM", "Fishr"]
+    assert "hyperparameters are the recommended ones" in section(page, "results-0").text[0]
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,17 @@ OF_RESTARTS = {
 }
 """Accuracies of a run on colored digits, and what they are on."""
 
+CHOSEN_BY = "hyperparameters were chosen on the training domains alone"
+
 MOST_SENTENCES = 4
 """Runs that are told of one by one."""
 
 
 def title_of(sources: Sources) -> str:
     """What the page is about."""
+    compared = [content["data"] for content in sources.results if "verdict" in content and "data" in content]
+    if compared:
+        return "Comparison on " + ", ".join(dict.fromkeys(compared))
     if sources.histories:
         return "Runs on " + ", ".join(dict.fromkeys(history.dataset for history in sources.histories))
     return "Analysis of " + ", ".join(dict.fromkeys(analysis.content["data"] for analysis in sources.analyses))
@@ -73,10 +78,12 @@ def _of_comparison(content: Mapping[str, Any], anchor: str) -> tuple[list[str], 
     chosen = content["verdict"]["chosen"]
     expected = expectation_sentence(Expectation(**content["unseen_domain"]), chosen, len(accuracies[chosen]), titles)
     header, rows = comparison_cells(accuracies, titles)
+    draws = content.get("extent", {}).get("draws")
+    chosen_by = "hyperparameters are the recommended ones" if draws == 1 else CHOSEN_BY
     text = [
-        "Accuracy in % on the in-split of the held-out domain, mean ± standard error over seeds; hyperparameters were "
-        "chosen on the training domains alone. The difference is paired over domains and seeds, with its interval over "
-        "domains; all intervals together hold with probability 95 %."
+        f"Accuracy in % on the in-split of the held-out domain, mean ± standard error over seeds; {chosen_by}. The "
+        "difference is paired over domains and seeds, with its interval over domains; all intervals together hold with "
+        "probability 95 %."
     ]
     section = Section(
         anchor,

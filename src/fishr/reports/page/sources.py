@@ -75,7 +75,7 @@ def read_sources(paths: Sequence[Path], on_progress: OnProgress = lambda done, t
             continue
         of_folders |= {history.folder: history for history in found.histories}
         problems |= found.problems
-    histories = list(of_folders.values())
+    histories = sorted(of_folders.values(), key=lambda run: (run.dataset, run.test_domains, run.algorithm, run.trial))
     results = {path: content for path, content in _read(paths, RESULTS, json.loads) if _is_of_many_runs(content)}
     alone = [Path(history.folder) for history in histories if not history.swept]
     folders = [Path(history.folder) for history in histories]
