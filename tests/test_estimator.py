@@ -612,9 +612,11 @@ def test_fits_in_threads_are_reproducible_and_leave_torch_as_it_was():
 
 def test_a_fit_on_a_cpu_leaves_cuda_alone(monkeypatch):
     X, y, _ = drawn_for_weights()
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: pytest.fail("CUDA was started up"))
+    forked, fork_rng = [], torch.random.fork_rng
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: forked.append(devices) or fork_rng(devices))
+    monkeypatch.setattr("torch.manual_seed", lambda seed: pytest.fail("CUDA is seeded too"))
     FishrClassifier("erm", hidden=(8,), epochs=1, device="cpu", random_state=0).fit(X, y)
+    assert forked == [[]]
 
 
 @pytest.mark.parametrize("bad", [[float("nan"), "a"], [None, "a"], [0, "a"]], ids=["nan", "none", "mixed"])

@@ -77,7 +77,8 @@ def test_nothing_is_fetched_from_another_server(site: Path, pages: dict[str, Pag
 
 
 def test_every_algorithm_has_a_page_with_all_that_it_says_of_itself(pages: dict[str, Page]) -> None:
-    for name in ALGORITHMS:
+    own = [name for name in ALGORITHMS if ALGORITHMS[name].__module__.startswith("fishr.")]  # tests register others
+    for name in own:
         described = describe(name)
         page = pages[f"algorithms/{name}.html"]
         said = [described.title, described.idea, described.reference, *described.text.split("\n\n")]
