@@ -27,8 +27,8 @@ from fishr.nn import FishrPenalty
 from fishr.reports.tables import markdown_table
 
 METHOD = """Time: median over the repeats after two warm-up rounds; every round runs all sides once, in turning order,
-in one process; ratios are medians of the ratios within a round. Memory: each side in a fresh process; after a call at
-toy sizes, which loads its kernels, and a trim of the heap, the growth of the resident set during one call at full
+in one process; ratios are medians of the ratios within a round. Memory: each side in a fresh process; after a call with
+few classes, which loads its kernels, and a trim of the heap, the growth of the resident set during one call at full
 size: VmHWM, reset through /proc/self/clear_refs, minus VmRSS just before. Difference: largest difference to fishr
 over the largest entry of fishr, for the value and for each gradient."""
 
@@ -48,6 +48,11 @@ class Shape:
     @property
     def quick(self) -> "Shape":
         return replace(self, batch=8, classes=min(self.classes, 5), features=16)
+
+    @property
+    def few_classes(self) -> "Shape":
+        """Small, but computed by the same kernels: which ones depends on the number of features in the batch."""
+        return replace(self, batch=min(self.batch, 32), classes=min(self.classes, 5))
 
 
 HEADS: Mapping[str, Shape] = {
@@ -211,7 +216,7 @@ def differences(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[st
 
 def memory_growth(side: str, shape: Shape) -> int:
     """Bytes by which the resident set grows in one call; Linux only."""
-    value_and_gradients(side, shape.quick)()
+    value_and_gradients(side, shape.few_classes)()
     call = value_and_gradients(side, shape)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
