@@ -95,7 +95,7 @@ class _CrossEntropyPenalty(torch.autograd.Function):
                 of_logits.addcmul_(probabilities, of_logits.sum(1, keepdim=True), value=-1)
                 ctx.gradients = of_features[:, :, : features.shape[1]].reshape(features.shape), of_logits
             # Not rounded before they are scaled: in half precision small gradients would vanish.
-            of_features, of_logits = ((gradient * grad) for gradient in ctx.gradients)
+            of_features, of_logits = (gradient * grad for gradient in ctx.gradients)
             of_features = of_features.to(features.dtype)
         if torch.is_grad_enabled():
             of_features, of_logits = (_Once.apply(gradient, features, logits) for gradient in (of_features, of_logits))

@@ -229,6 +229,19 @@ def test_how_to_make_it_again(tmp_path):
     assert "lr: 0.001" in settings.text
 
 
+def test_who_made_it_that_is_damaged_is_named(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "made_by.json").write_text("{}")
+    with pytest.raises(RunError, match=r"made_by\.json cannot be read \(KeyError: 'command'\)"):
+        page_of([tmp_path])
+
+
+def test_a_run_on_all_domains_has_nothing_held_out_to_show(tmp_path):
+    page = page_of([write_run(tmp_path / "run", held_out=(), draw=None)])
+    assert page.answer[0] == "erm on toys, trial 0: trained on all domains."
+    assert "mistakes" not in [each.anchor for each in page.sections]
+
+
 def test_a_run_that_has_begun_is_shown(tmp_path):
     page = page_of([write_run(tmp_path / "run", draw=None, done=False)])
     assert page.answer == ["So far, with 0 of 1 runs finished:", "nothing can be said yet."]

@@ -135,7 +135,7 @@ def _of_mistakes(sources: Sources) -> Iterator[Section]:
             ["Samples of the held-out domain, with the probability that the model gives to its wrong answer."],
             galleries=galleries,
         )
-    elif sources.histories:
+    elif any(history.swept for history in sources.histories):
         yield Section("mistakes", "What the models get wrong", [NO_MODELS])
 
 

@@ -89,8 +89,13 @@ def read_sources(paths: Sequence[Path], on_progress: OnProgress = lambda done, t
         ],
         {str(run): record for run, record in _read(alone, DONE_FILE, RunRecord.from_json)},
         {str(run): mistakes for run, mistakes in _read(folders, MISTAKES_FILE, Mistakes.from_json)},
-        [content for _, content in _read(paths, MADE_BY_FILE, json.loads)],
+        [content for _, content in _read(paths, MADE_BY_FILE, _made_by)],
     )
+
+
+def _made_by(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    return {"command": content["command"], "versions": dict(content["versions"])}
 
 
 def _is_of_many_runs(content: object) -> bool:
