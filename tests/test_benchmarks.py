@@ -92,7 +92,7 @@ def test_step_overhead_measures_an_active_penalty_in_the_precision_asked_for(scr
     losses = fishr.losses(load.batch, 0)
     rescaled = (losses.terms["risk"] + fishr.l2_term()) / fishr.config.penalty_weight + losses.terms["penalty"]
     torch.testing.assert_close(losses.total, rescaled)
-    assert fishr.features(load.batch.inputs).dtype == torch.bfloat16
+    assert fishr.features(load.batch).dtype == torch.bfloat16
 
 
 def test_input_pipeline_writes_rates_of_all_sides(script, data_root, tmp_path):

@@ -179,9 +179,9 @@ class CountsPredictions(ERM):
 class NormalisesByTheBatch(ERM):
     """What it predicts for a sample depends on the others."""
 
-    def features(self, inputs: Tensor) -> Tensor:
-        features = super().features(inputs)
-        return features - features.mean(0) if len(features) > 1 else features
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = super().forward(inputs)
+        return logits - logits.mean(0) if len(logits) > 1 else logits
 
 
 class PutsALayerBetween(ERM):

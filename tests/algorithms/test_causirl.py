@@ -107,7 +107,7 @@ def test_a_part_too_small_to_compare_has_penalty_0(
 ) -> None:
     algorithm, batch = build(cls), random_batch(4)
     cuts(monkeypatch, *cut)
-    features = algorithm.features(batch.inputs)
+    features = algorithm.features(batch)
     risk, penalty = algorithm.risk_and_penalty(features, batch)
     assert penalty.item() == 0
     assert penalty.dtype == risk.dtype

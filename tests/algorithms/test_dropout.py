@@ -11,6 +11,7 @@ from fishr.algorithms.base import AlgorithmConfig
 from fishr.data import DomainBatch
 
 FEATURES = torch.arange(1.0, 6.0).repeat(4000, 1)
+BATCH = DomainBatch(FEATURES, torch.arange(4000) % 3, (2000, 2000))
 
 
 def algorithm(dropout: float, cls: type[Algorithm] = ERM, **settings: Any) -> Algorithm:
@@ -21,7 +22,7 @@ def algorithm(dropout: float, cls: type[Algorithm] = ERM, **settings: Any) -> Al
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_features_are_dropped_with_that_probability_and_the_rest_scaled(dropout: float) -> None:
-    features = algorithm(dropout).features(FEATURES)
+    features = algorithm(dropout).features(BATCH)
     dropped = features == 0
     standard_error = (dropout * (1 - dropout) / dropped.numel()) ** 0.5
     assert dropped.double().mean().item() == pytest.approx(dropout, abs=4 * standard_error)
@@ -35,17 +36,17 @@ def test_features_are_dropped_with_that_probability_and_the_rest_scaled(dropout:
 def test_only_in_training() -> None:
     dropping = algorithm(0.5)
     dropping.eval()
-    assert torch.equal(dropping.features(FEATURES), FEATURES)
+    assert torch.equal(dropping.features(BATCH), FEATURES)
     assert torch.equal(dropping(FEATURES), dropping.classifier(FEATURES))
     dropping.train()
-    assert not torch.equal(dropping.features(FEATURES), FEATURES)
+    assert not torch.equal(dropping.features(BATCH), FEATURES)
 
 
 def test_without_dropout_nothing_is_drawn() -> None:
     """A run without it has the random numbers that it always had."""
     plain = algorithm(0.0)
     before = torch.get_rng_state()
-    assert torch.equal(plain.features(FEATURES), FEATURES)
+    assert torch.equal(plain.features(BATCH), FEATURES)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -54,7 +55,7 @@ def test_it_is_a_function_of_torchs_random_numbers() -> None:
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(dropping.features(FEATURES))
+        drawn.append(dropping.features(BATCH))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 

@@ -33,7 +33,7 @@ def step(algorithm: Algorithm, lr: float = 0.5) -> torch.Tensor:
 def test_gradients_of_domains() -> None:
     algorithm = linear(ANDMask)
     risks = algorithm.domain_risks(algorithm(batch().inputs), batch())
-    (gradients,) = domain_gradients(risks, algorithm.network_parameters)
+    (gradients,) = domain_gradients(risks, algorithm.network_parameters, batch())
     assert gradients.tolist() == [[[-2.0, -4.0]], [[-6.0, 4.0]]]
     assert agreement(gradients).tolist() == [[1.0, 0.0]]
 

@@ -51,7 +51,7 @@ def test_with_a_strength_both_gradients_are_that_share_of_the_risks() -> None:
     algorithm = ib_irm(strength=0.25, switch_on=5, ib_switch_on=5)
     for step in range(60):
         losses = algorithm.losses(BATCH, step)
-    features = algorithm.features(BATCH.inputs)
+    features = algorithm.features(BATCH)
     risk, penalty = algorithm.risk_and_penalty(features, BATCH)
     bottleneck = algorithm.losses_of(features, BATCH, 60).terms["bottleneck"]
     norms = [torch.autograd.grad(each, features, retain_graph=True)[0].norm() for each in (risk, penalty, bottleneck)]

@@ -1,6 +1,7 @@
 """Risk, penalty and their gradients against plain autograd."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def gradients_of(value: Tensor, algorithm: Algorithm) -> list[Tensor]:
 def test_risk_and_penalty_agree_with_autograd(name: str, num_outputs: int) -> None:
     cls, settings, slow_risk, slow_penalty = OBJECTIVES[name]
     algorithm, data = build(cls, num_outputs, **settings), batch(num_outputs)
-    risk, value = algorithm.risk_and_penalty(algorithm.features(data.inputs), data)
+    risk, value = algorithm.risk_and_penalty(algorithm.features(data), data)
     assert relative_error(risk, slow_risk(algorithm, data)) < 1e-10
     assert relative_error(value, slow_penalty(algorithm, data)) < 1e-10
 
@@ -159,9 +160,7 @@ def test_vrex_sum_of_two_domains_is_the_squared_difference() -> None:
     data = batch(1, (6, 3))
     algorithm = VREx(*network(1), 2, VREx.Config(reduction="sum"), steps=100)
     one, two = (mean_loss(*part) for part in parts(algorithm, data))
-    assert (
-        relative_error(algorithm.risk_and_penalty(algorithm.features(data.inputs), data)[1], (one - two) ** 2) < 1e-10
-    )
+    assert relative_error(algorithm.risk_and_penalty(algorithm.features(data), data)[1], (one - two) ** 2) < 1e-10
 
 
 def test_irm_split_can_be_negative() -> None:
@@ -169,7 +168,7 @@ def test_irm_split_can_be_negative() -> None:
     algorithm = IRM(nn.Identity(), nn.Linear(1, 1, bias=False), 1, IRM.Config(estimator="split"), steps=100)
     nn.init.ones_(algorithm.classifier.weight)
     data = DomainBatch(torch.tensor([[2.0], [2.0]]), torch.tensor([0, 1]), (2,))
-    assert algorithm.risk_and_penalty(algorithm.features(data.inputs), data)[1] < 0
+    assert algorithm.risk_and_penalty(algorithm.features(data), data)[1] < 0
 
 
 def test_domain_means() -> None:
@@ -197,7 +196,7 @@ def test_fishrs_history_is_no_weight() -> None:
     algorithm = build(Fishr, 4, l2=0.5)
     before = algorithm.l2_term()
     data = batch(4)
-    algorithm.risk_and_penalty(algorithm.features(data.inputs), data)
+    algorithm.risk_and_penalty(algorithm.features(data), data)
     assert algorithm.penalty.average.history.abs().sum() > 0
     assert torch.equal(algorithm.l2_term(), before)
 
@@ -217,11 +216,11 @@ def test_the_moving_average_runs_from_the_first_step() -> None:
 
 def test_evaluation_leaves_the_history() -> None:
     algorithm, data = build(Fishr, 4), batch(4)
-    algorithm.risk_and_penalty(algorithm.features(data.inputs), data)
+    algorithm.risk_and_penalty(algorithm.features(data), data)
     history = algorithm.penalty.average.history.clone()
     algorithm.eval()
     algorithm(data.inputs)
-    algorithm.risk_and_penalty(algorithm.features(data.inputs), data)
+    algorithm.risk_and_penalty(algorithm.features(data), data)
     assert torch.equal(algorithm.penalty.average.history, history)
 
 
@@ -233,11 +232,11 @@ def test_logits_are_computed_outside_autocast(cls: type[Algorithm]) -> None:
     featurizer, classifier = (part.float() for part in network(4))
     algorithm = cls(featurizer, classifier, len(SIZES), steps=100)
     algorithm.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-    inputs = batch(4).inputs.float()
-    features = algorithm.features(inputs)
+    data = replace(batch(4), inputs=batch(4).inputs.float())
+    features = algorithm.features(data)
     assert features.dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = algorithm(inputs)
+        logits = algorithm(data.inputs)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, F.linear(features.float(), classifier.weight, classifier.bias))
 
@@ -255,7 +254,7 @@ def test_the_measured_weight_balances_the_gradients(name: str, num_outputs: int)
     algorithm, data = build(cls, num_outputs, **settings, strength=0.25, switch_on=5), batch(num_outputs)
     algorithm.losses(data, 4)
     weight = algorithm.losses(data, 50).terms["penalty_weight"]
-    features = algorithm.features(data.inputs)
+    features = algorithm.features(data)
     values = algorithm.risk_and_penalty(features, data)
     of_risk, of_penalty = (torch.autograd.grad(value, features, retain_graph=True)[0].norm() for value in values)
     assert (weight * of_penalty / of_risk).item() == pytest.approx(0.25, rel=1e-5)

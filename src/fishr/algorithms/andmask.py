@@ -56,10 +56,10 @@ class ANDMask(Algorithm):
     config: ANDMaskConfig
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:
-        risks = self.domain_risks(self(batch.inputs), batch)
+        risks = self.domain_risks(self.logits(self.features(batch)), batch)
         objectives = risks + self.l2_term()
         weights = self.network_parameters
-        for weight, gradients in zip(weights, domain_gradients(objectives, weights), strict=True):
+        for weight, gradients in zip(weights, domain_gradients(objectives, weights, batch), strict=True):
             mask = self.mask(gradients)
             weight.grad = mask * gradients.mean(0) / (1e-10 + mask.mean())
         optimizers["main"].step()

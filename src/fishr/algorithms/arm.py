@@ -52,6 +52,7 @@ class ARM(Algorithm):
         venue="NeurIPS",
         arxiv="2007.02931",
     )
+    for_ranks = False
     Config = ARMConfig
     featurizer: ContextFeaturizer
 

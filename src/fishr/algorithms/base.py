@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from fishr.data.base import DomainBatch, Kind
 from fishr.errors import ConfigError
+from fishr.functional.distributed import gather_shares, mean_over_ranks, own_random_numbers
 from fishr.functional.residuals import Loss, per_sample_losses
 from fishr.models.build import ModelConfig
 from fishr.registry import unknown
@@ -209,6 +210,8 @@ class Algorithm(nn.Module):
         reference: Where it was published.
         min_domains: Training domains that it needs.
         for_classes: Whether it presupposes classes, so that it trains no regressor.
+        for_ranks: Whether it trains on several devices at once: all that its losses take of a batch, besides targets,
+            are :meth:`features`.
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
         switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
         ramp: Steps from then on until it is so in full.
@@ -219,6 +222,7 @@ class Algorithm(nn.Module):
     reference: ClassVar[Reference]
     min_domains: ClassVar[int] = 1
     for_classes: ClassVar[bool] = False
+    for_ranks: ClassVar[bool] = True
     switch_on_step: int = 0
     ramp: int = 0
 
@@ -279,14 +283,25 @@ class Algorithm(nn.Module):
         return losses
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits ``[sample, class]``."""
-        return self.logits(self.features(inputs))
+        """Logits ``[sample, class]`` of any inputs; those of a batch to train on are those of its :meth:`features`."""
+        return self.logits(self.dropped(self._featurized(inputs)))
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """What the featurizer returns, ``[sample, feature]``, in the precision of the run, after dropout."""
+    def features(self, batch: DomainBatch) -> Tensor:
+        """What the featurizer returns, ``[sample, feature]``, in the precision of the run, after dropout.
+
+        With several ranks each has inputs of its own, and the features of all are gathered: what is computed from them
+        is the same on each rank, and the same as in one process.
+        """
+        if batch.num_ranks == 1:
+            return self.dropped(self._featurized(batch.inputs))
+        with own_random_numbers(batch.inputs.device):
+            own = self._featurized(batch.inputs)
+        return self.dropped(gather_shares(own, batch.sizes))
+
+    def _featurized(self, inputs: Tensor) -> Tensor:
         with self.autocast():
             features: Tensor = self.featurizer(inputs)
-        return self.dropped(features)
+        return features
 
     def dropped(self, features: Tensor) -> Tensor:
         """Features after dropout."""
@@ -324,12 +339,19 @@ def domain_means(values: Tensor, batch: DomainBatch) -> Tensor:
     return torch.stack([part.mean(0) for part in batch.split(values)])
 
 
+def gradients(
+    objective: Tensor, weights: Sequence[Tensor], batch: DomainBatch, *, create_graph: bool = False
+) -> list[Tensor]:
+    """Gradient of a function of the batch's features by weights, the same on all ranks; its graph stays."""
+    found = torch.autograd.grad(
+        objective, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+    return [mean_over_ranks(gradient) for gradient in found] if batch.num_ranks > 1 else list(found)
+
+
 def domain_gradients(
-    objectives: Tensor, weights: Sequence[nn.Parameter], *, create_graph: bool = False
+    objectives: Tensor, weights: Sequence[Tensor], batch: DomainBatch, *, create_graph: bool = False
 ) -> list[Tensor]:
     """Gradient of each domain's objective ``[domain]``: of each weight tensor ``[domain, ...its shape]``."""
-    of_domains = [
-        torch.autograd.grad(objective, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True)
-        for objective in objectives
-    ]
+    of_domains = [gradients(objective, weights, batch, create_graph=create_graph) for objective in objectives]
     return [torch.stack(of_weight) for of_weight in zip(*of_domains, strict=True)]

@@ -125,7 +125,7 @@ class DANN(Algorithm):
         turns = self.config.discriminator_steps
         trains_discriminator = (step + 1) % (1 + turns) < turns
         with torch.set_grad_enabled(not trains_discriminator):
-            features = self.features(batch.inputs).to(self.classifier.weight.dtype)
+            features = self.features(batch).to(self.classifier.weight.dtype)
             risk = self.sample_losses(self.logits(features), batch.targets).mean()
         if not features.requires_grad:  # the gradient penalty is that with respect to them
             features = features.detach().requires_grad_()

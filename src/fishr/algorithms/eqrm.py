@@ -75,7 +75,7 @@ class EQRM(Algorithm):
         warn_if_never("EQRM's objective", "burn_in", self.config.burn_in, self.switch_on_step, self.steps)
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        risks = self.domain_risks(self(batch.inputs), batch)
+        risks = self.domain_risks(self.logits(self.features(batch)), batch)
         objective = risks.mean() if step < self.switch_on_step else risk_quantile(risks, self.config.quantile)
         return Losses(objective + self.l2_term(), {"risk": risks.mean()})
 

@@ -16,5 +16,5 @@ class ERM(Algorithm):
     reference = Reference("Vapnik", "Statistical Learning Theory", 1998, venue="Wiley")
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        risk = self.sample_losses(self(batch.inputs), batch.targets).mean()
+        risk = self.sample_losses(self.logits(self.features(batch)), batch.targets).mean()
         return Losses(risk + self.l2_term(), {"risk": risk})

@@ -59,8 +59,8 @@ class Fish(Algorithm):
         weights = [*self.network_parameters, *statistics]
         before = [weight.detach().clone() for weight in weights]
         risks, totals = [], []
-        for inputs, targets in zip(batch.split(batch.inputs), batch.split(batch.targets), strict=True):
-            risks.append(self.sample_losses(self(inputs), targets).mean())
+        for part in batch.parts:
+            risks.append(self.sample_losses(self.logits(self.features(part)), part.targets).mean())
             totals.append(risks[-1] + self.l2_term())
             optimizers["main"].zero_grad()
             totals[-1].backward()  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ class GroupDRO(Algorithm):
         self.register_buffer("domain_weights", torch.full((self.num_domains,), 1 / self.num_domains))
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        risks = self.domain_risks(self(batch.inputs), batch)
+        risks = self.domain_risks(self.logits(self.features(batch)), batch)
         grown = self.domain_weights * torch.exp(self.config.eta * risks.detach())
         q = grown / grown.sum()
         self.domain_weights.copy_(q)

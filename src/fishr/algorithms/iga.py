@@ -48,6 +48,6 @@ class IGA(PenalizedAlgorithm):
         risks = self.domain_risks(self.logits(features), batch)
         distances = [
             (gradients - gradients.mean(0).detach()).square().sum()
-            for gradients in domain_gradients(risks, self.network_parameters, create_graph=True)
+            for gradients in domain_gradients(risks, self.network_parameters, batch, create_graph=True)
         ]
         return risks.mean(), torch.stack(distances).sum()

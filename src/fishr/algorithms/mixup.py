@@ -52,6 +52,7 @@ class Mixup(Algorithm):
         arxiv="2001.00677",
     )
     min_domains = 2
+    for_ranks = False
     Config = MixupConfig
     config: MixupConfig
 

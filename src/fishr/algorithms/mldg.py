@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses, Reference
+from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses, Reference, gradients
 from fishr.data.base import DomainBatch, Kind
 from fishr.space import Choice, Distribution, LogUniform
 
@@ -69,13 +69,12 @@ class MLDG(Algorithm):
     config: MLDGConfig
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        inputs, targets = batch.split(batch.inputs), batch.split(batch.targets)
-        weights = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        parts, risk_of = batch.parts, _Risk(self)
+        weights = {name: weight for name, weight in risk_of.named_parameters() if weight.requires_grad}
         risks, meta_risks = [], []
         for a, b in self.pairs():
-            risks.append(self.sample_losses(self(inputs[a]), targets[a]).mean())
-            logits = functional_call(self, self.stepped(weights, risks[-1]), (inputs[b],))
-            meta_risks.append(self.sample_losses(logits, targets[b]).mean())
+            risks.append(risk_of(parts[a]))
+            meta_risks.append(functional_call(risk_of, self.stepped(weights, risks[-1], batch), (parts[b],)))
         risk, meta_risk = torch.stack(risks), torch.stack(meta_risks)
         total = (risk + self.config.beta * meta_risk).sum() / self.num_domains + self.l2_term()
         return Losses(total, {"risk": risk.mean(), "meta_risk": meta_risk.mean()})
@@ -86,11 +85,23 @@ class MLDG(Algorithm):
         num_meta_train = self.num_domains - min(self.config.num_meta_test, self.num_domains - 1)
         return list(zip(order[:num_meta_train], cycle(order[num_meta_train:]), strict=False))
 
-    def stepped(self, weights: Mapping[str, Tensor], risk: Tensor) -> dict[str, Tensor]:
+    def stepped(self, weights: Mapping[str, Tensor], risk: Tensor, batch: DomainBatch) -> dict[str, Tensor]:
         """Weights after Adam's first step on a risk; their derivative with respect to the weights before is 1."""
-        slopes = torch.autograd.grad(risk, list(weights.values()), retain_graph=True, materialize_grads=True)
+        slopes = gradients(risk, list(weights.values()), batch)
         after = {}
         for (name, weight), slope in zip(weights.items(), slopes, strict=True):
             slope = slope + self.config.weight_decay * weight.detach()
             after[name] = weight - self.config.lr * slope / (slope.abs() + ADAM_EPSILON)
         return after
+
+
+class _Risk(nn.Module):
+    """The mean loss of a batch as a module, for other weights than the algorithm's to be put into it."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        super().__init__()
+        self.algorithm = algorithm
+
+    def forward(self, batch: DomainBatch) -> Tensor:
+        algorithm = self.algorithm
+        return algorithm.sample_losses(algorithm.logits(algorithm.features(batch)), batch.targets).mean()

@@ -56,6 +56,7 @@ class MTL(Algorithm):
         venue="JMLR",
         arxiv="1711.07910",
     )
+    for_ranks = False
     Config = MTLConfig
     config: MTLConfig
     featurizer: MeanEmbedding

@@ -136,7 +136,7 @@ class PenalizedAlgorithm(Algorithm):
         raise NotImplementedError
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        features = self.features(batch.inputs)
+        features = self.features(batch)
         if not features.requires_grad:  # of a frozen featurizer, which a strength is measured on all the same
             features = features.detach().requires_grad_()
         return self.losses_of(features, batch, step)

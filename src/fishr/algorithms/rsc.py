@@ -58,7 +58,7 @@ class RSC(Algorithm):
     config: RSCConfig
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        features = self.features(batch.inputs).to(self.classifier.weight.dtype)
+        features = self.features(batch).to(self.classifier.weight.dtype)
         muted = features * self.mask(features.detach(), batch.targets)
         risk = self.sample_losses(self.logits(muted), batch.targets).mean()
         return Losses(risk + self.l2_term(), {"risk": risk})

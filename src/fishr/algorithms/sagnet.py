@@ -103,7 +103,7 @@ class SagNet(Algorithm):
 
     def wide_features(self, batch: DomainBatch) -> Tensor:
         """Features ``[sample, feature]`` in the precision of the heads."""
-        return self.features(batch.inputs).to(self.classifier.weight.dtype)
+        return self.features(batch).to(self.classifier.weight.dtype)
 
 
 def randomize_style(features: Tensor) -> Tensor:

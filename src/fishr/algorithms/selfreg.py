@@ -51,7 +51,7 @@ class SelfReg(Algorithm):
         self.projection.to(self.classifier.weight)
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
-        features = self.features(batch.inputs).to(self.classifier.weight.dtype)
+        features = self.features(batch).to(self.classifier.weight.dtype)
         logits = self.logits(features)
         projected = self.projection(features) if len(features) > 1 else features
         risk = self.sample_losses(logits, batch.targets).mean()

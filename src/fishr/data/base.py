@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from fishr.data.cache import Progress
 from fishr.data.image_format import ImageFormat
 from fishr.data.images import Images
 from fishr.errors import DataError
+from fishr.functional.distributed import share_lengths
 from fishr.registry import unknown
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,22 @@ def network_input(inputs: Tensor, device: torch.device) -> Tensor:
 class DomainBatch:
     """A batch from several domains: samples of domain 0 first, then of domain 1, ...
 
+    With several ranks, in a data-parallel run, each knows the targets of the whole batch and has inputs of its own: of
+    each domain its :func:`fishr.functional.distributed.share`.
+
     Attributes:
-        inputs: ``[sample, ...]``.
+        inputs: ``[sample, ...]``, those of this rank.
         targets: ``[sample]``.
         sizes: Samples of each domain, in order.
+        rank: Whose inputs they are.
+        num_ranks: How many have a share.
     """
 
     inputs: Tensor
     targets: Tensor
     sizes: tuple[int, ...]
+    rank: int = 0
+    num_ranks: int = 1
 
     @classmethod
     def of(cls, inputs: list[Tensor], targets: list[Tensor]) -> "DomainBatch":
@@ -62,15 +70,24 @@ class DomainBatch:
     @property
     def domains(self) -> Tensor:
         """The domain of each sample, int64 ``[sample]``."""
-        return torch.repeat_interleave(torch.tensor(self.sizes)).to(self.inputs.device)
+        return torch.repeat_interleave(torch.tensor(self.sizes)).to(self.targets.device)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of samples, ``[sample, ...]``, domain by domain."""
         return torch.split(values, list(self.sizes))
 
+    @property
+    def parts(self) -> tuple["DomainBatch", ...]:
+        """The batch of each domain alone."""
+        inputs = torch.split(self.inputs, share_lengths(self.sizes, self.rank, self.num_ranks))
+        return tuple(
+            replace(self, inputs=own, targets=targets, sizes=(size,))
+            for own, targets, size in zip(inputs, self.split(self.targets), self.sizes, strict=True)
+        )
+
     def to(self, device: torch.device) -> "DomainBatch":
         """The batch on a device, its inputs as a network takes them."""
-        return DomainBatch(network_input(self.inputs, device), self.targets.to(device), self.sizes)
+        return replace(self, inputs=network_input(self.inputs, device), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
