@@ -26,7 +26,7 @@ from fishr.errors import ConfigError, ContractError
 from fishr.models.batch_context import BatchDependent
 from fishr.models.build import ModelConfig, build_model
 from fishr.space import draw
-from fishr.training.checkpoint import Progress, restore_checkpoint, save_checkpoint
+from fishr.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 
 STEPS, CUTS = 20, (3, 12)
 """Length of the runs that are cut and resumed, and where."""
@@ -187,9 +187,10 @@ def _check_resume(algorithm: type[Algorithm], config: AlgorithmConfig) -> None:
     for cut in CUTS:
         with TemporaryDirectory() as folder:
             killed = _Training(algorithm, config).run(cut)
-            save_checkpoint(Path(folder), {"algorithm": killed.algorithm}, killed.optimizers, Progress(cut, {}, 0))
+            progress = Progress(cut, {}, 0)
+            checkpoint = save_checkpoint(Path(folder), {"algorithm": killed.algorithm}, killed.optimizers, progress)
             resumed = _Training(algorithm, config, seed=1)
-            restore_checkpoint(Path(folder), {"algorithm": resumed.algorithm}, resumed.optimizers)
+            load_checkpoint(checkpoint, {"algorithm": resumed.algorithm}, resumed.optimizers)
             resumed.run(STEPS, start=cut)
         _require_same(
             unbroken.state(),

@@ -16,7 +16,13 @@ from fishr.data import MultiDomainDataset
 from fishr.errors import RunError, RunInterruptedError
 from fishr.training import AverageConfig, train
 from fishr.training.averaging import make_average
-from fishr.training.checkpoint import Progress, newest_checkpoint, restore_checkpoint, save_checkpoint
+from fishr.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from small_runs import AtStep, Outcome, outcome, run_config, signal_at
 
 OLDER, NEWEST = "step-00000008", "step-00000009"
@@ -267,7 +273,7 @@ def test_every_optimizer_continues_with_the_same_bits(tmp_path: Path) -> None:
 
     continued = ThreeParts()
     continued.update()
-    restored = restore_checkpoint(tmp_path, {"model": continued}, continued.optimizers)
+    restored = load_checkpoint(newest_whole_checkpoint(tmp_path), {"model": continued}, continued.optimizers)
     assert restored == Progress(3, {"loss": 0.1 + 0.2}, 2)
     assert continued.optimizers["inner"].param_groups[0]["lr"] == 0.05
     assert continued.optimizers["untouched"].state == {}
@@ -280,7 +286,7 @@ def test_parts_with_the_same_names_stay_apart(tmp_path: Path) -> None:
     parts = {"one": nn.Linear(2, 1), "other": nn.Linear(2, 1)}
     save_checkpoint(tmp_path, parts, {}, Progress(3, {}, 0))
     restored = {"one": nn.Linear(2, 1), "other": nn.Linear(2, 1)}
-    assert restore_checkpoint(tmp_path, restored, {}) == Progress(3, {}, 0)
+    assert load_checkpoint(newest_whole_checkpoint(tmp_path), restored, {}) == Progress(3, {}, 0)
     for name, part in parts.items():
         assert torch.equal(restored[name].weight, part.weight)
         assert torch.equal(restored[name].bias, part.bias)
@@ -291,13 +297,12 @@ def test_a_part_may_have_no_state_yet(tmp_path: Path) -> None:
     """Such as an average that has not begun."""
     parts = {"model": nn.Linear(2, 1), "average": make_average(AverageConfig("sma"))}
     save_checkpoint(tmp_path, parts, {}, Progress(3, {}, 0))
-    assert restore_checkpoint(tmp_path, parts, {}) == Progress(3, {}, 0)
+    assert load_checkpoint(newest_whole_checkpoint(tmp_path), parts, {}) == Progress(3, {}, 0)
     assert parts["average"].current() is None
 
 
 def test_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    model = ThreeParts()
-    assert restore_checkpoint(tmp_path / "checkpoints", {"model": model}, model.optimizers) is None
+    assert newest_whole_checkpoint(tmp_path / "checkpoints") is None
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
@@ -305,5 +310,5 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     model = ThreeParts()
     for step in (9, 10, 100_000):
         save_checkpoint(tmp_path, {"model": model}, model.optimizers, Progress(step, {}, 0))
-    assert restore_checkpoint(tmp_path, {"model": model}, model.optimizers).step == 100_000
+    assert load_checkpoint(newest_whole_checkpoint(tmp_path), {"model": model}, model.optimizers).step == 100_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00100000"]

@@ -77,6 +77,7 @@ class Fishr(PenalizedAlgorithm):
             ema=self.config.ema,
             reduction=self.config.reduction,
             variant=self.config.variant,
+            over_ranks=False,
         )
 
     def risk_and_penalty(self, features: Tensor, batch: DomainBatch) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from fishr.cli.console import (
     print_notice,
     print_table,
     progress_of_run,
+    stderr,
 )
 from fishr.cli.page import leave_report
-from fishr.errors import ConfigError
+from fishr.errors import ConfigError, FishrError
 
 
 def train(
@@ -68,6 +69,8 @@ def train(
     std: list[float] | None = options.Std,
     train_batch_norm: bool = options.TrainBatchNorm,
     device: str = Device,
+    devices: int = typer.Option(1, "--devices", help="Devices to train on; on a CPU, processes."),
+    nodes: int = typer.Option(1, "--nodes", help="Machines, each with as many; start the command on all of them."),
     as_json: bool = Json,
     quiet: bool = Quiet,
     config_file: Path | None = ConfigFile,
@@ -84,11 +87,19 @@ def train(
         fishr train --data pacs --test-domain sketch --backbone resnet18 --image-size 128 --average swad
 
         fishr train --data colored-digits --algorithm fishr --set penalty_weight=100 switch_on=0.4 --steps 500
+
+        fishr train --data my/images --test-domain hospital-3 --device cuda --devices 4 --precision bf16-mixed
     """
     from fishr.deploy import keep_mistakes
     from fishr.training import AverageConfig, RunConfig
     from fishr.training import train as train_run
+    from fishr.training.ranks import is_main_process
 
+    def only_helps() -> bool:
+        """Whether another process of the run speaks."""
+        return devices * nodes > 1 and not is_main_process()
+
+    stderr.quiet = only_helps()
     dataset = options.load_data(
         data,
         data_root,
@@ -121,17 +132,26 @@ def train(
         class_balanced=class_balanced,
     )
     folder = Path("runs") / config.hash if output is None else output
-    with progress_of_run(f"{algorithm} on {dataset.name}", quiet=quiet) as observer:
-        result = train_run(
-            config,
-            dataset,
-            folder,
-            weights=weights,
-            device=device,
-            snapshots=snapshots,
-            observer=observer,
-            track=track,
-        )
+    try:
+        with progress_of_run(f"{algorithm} on {dataset.name}", quiet=quiet) as observer:
+            result = train_run(
+                config,
+                dataset,
+                folder,
+                weights=weights,
+                device=device,
+                devices=devices,
+                nodes=nodes,
+                snapshots=snapshots,
+                observer=observer,
+                track=track,
+            )
+    except FishrError:
+        if only_helps():
+            return
+        raise
+    if only_helps():
+        return
     keep_mistakes(folder, dataset, device=device)
     for hint in result.hints:
         print_notice(f"hint: {hint}")

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from fishr.data.augmentation import NUM_DRAWS
 from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
 from fishr.data.images import Images
 from fishr.errors import ConfigError, DataError
+from fishr.functional.distributed import share
+
+T = TypeVar("T", Tensor, NDArray[np.float64])
 
 _SPLIT, _BATCH, _AUGMENT = 0x5917, 0xBA7C, 0xA06E
 """Second word of the seeds, so that splits, batches and transforms never share a stream of random numbers."""
@@ -180,19 +185,29 @@ class BatchSampler:
         batch_size: Samples of each domain in a batch; None for all.
         seed: Seed of the draws.
         class_balanced: Draw the class first, each that the domain has as likely, then a sample of it.
+        rank: Whose share of the inputs is read.
+        num_ranks: How many share a batch out; it is the same batch for any number.
 
     Raises:
         ConfigError: a batch size below 1, or none where classes are to be balanced.
     """
 
     def __init__(
-        self, domains: list[Samples], batch_size: int | None, seed: int, *, class_balanced: bool = False
+        self,
+        domains: list[Samples],
+        batch_size: int | None,
+        seed: int,
+        *,
+        class_balanced: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         if batch_size is None and (class_balanced or any(isinstance(samples.inputs, Images) for samples in domains)):
             raise ConfigError("batch_size must be a number for images and for class-balanced batches, got null")
         self.domains, self.batch_size, self.seed = domains, batch_size, seed
+        self.rank, self.num_ranks = rank, num_ranks
         self._members = [_members_of_classes(samples.targets) if class_balanced else None for samples in domains]
         self._everything = self._whole() if batch_size is None else None
         self._ahead: tuple[int, Future[DomainBatch]] | None = None
@@ -211,20 +226,30 @@ class BatchSampler:
         return future.result()
 
     def _whole(self) -> DomainBatch:
-        inputs = [samples.inputs for samples in self.domains if isinstance(samples.inputs, Tensor)]
-        return DomainBatch.of(inputs, [samples.targets for samples in self.domains])
+        inputs = [self._own(samples.inputs) for samples in self.domains if isinstance(samples.inputs, Tensor)]
+        return self._batch(inputs, [samples.targets for samples in self.domains])
 
     def _make(self, step: int) -> DomainBatch:
         inputs, targets = [], []
         for domain, samples in enumerate(self.domains):
             indices = self._draw(domain, step)
             targets.append(samples.targets[indices])
+            own = self._own(indices)
             if isinstance(samples.inputs, Images):
                 generator = np.random.default_rng((self.seed, _AUGMENT, domain, step))
-                inputs.append(samples.inputs.augmented(indices, generator.random((len(indices), NUM_DRAWS))))
+                draws = generator.random((len(indices), NUM_DRAWS))
+                inputs.append(samples.inputs.augmented(own, self._own(draws)))
             else:
-                inputs.append(samples.inputs.index_select(0, indices))  # a third of the time of inputs[indices]
-        return DomainBatch.of(inputs, targets)
+                inputs.append(samples.inputs.index_select(0, own))  # a third of the time of inputs[own]
+        return self._batch(inputs, targets)
+
+    def _own(self, values: T) -> T:
+        """This rank's share of what there is of each sample of a domain."""
+        own: T = values[share(len(values), self.rank, self.num_ranks)]
+        return own
+
+    def _batch(self, inputs: list[Tensor], targets: list[Tensor]) -> DomainBatch:
+        return replace(DomainBatch.of(inputs, targets), rank=self.rank, num_ranks=self.num_ranks)
 
     def _draw(self, domain: int, step: int) -> Tensor:
         generator = np.random.default_rng((self.seed, _BATCH, domain, step))

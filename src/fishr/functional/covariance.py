@@ -28,6 +28,7 @@ def domain_gradient_covariance_distance(
     *,
     bias: bool = True,
     mask: Tensor | None = None,
+    over_ranks: bool = True,
 ) -> Tensor:
     """Σ over parameter tensors of Σ_e ‖C_e − C̄‖², with C_e the covariance of that tensor's gradient.
 
@@ -42,19 +43,21 @@ def domain_gradient_covariance_distance(
         num_domains: Number of domains, at least 2; each needs a sample.
         bias: Whether the head has a bias.
         mask: ``[sample]`` bool, False for samples that leave their domain.
+        over_ranks: Whether the ranks of a data-parallel run, if there are several, share the samples out; False where
+            each has all of them.
 
     Returns:
         A scalar, differentiable with respect to features and residuals.
 
     Raises:
-        InputError: a data-parallel run of several ranks, over which covariances are not summed; else see
+        InputError: several ranks that share the samples out, over which covariances are not summed; else see
             :func:`fishr.functional.domains.group_by_domain`.
     """
-    if is_distributed():
+    if over_ranks and is_distributed():
         raise InputError(
             "the covariance distance is not available over several ranks: use the variance, or one process"
         )
-    samples = group_by_domain(features, residuals, domains, num_domains, mask)
+    samples = group_by_domain(features, residuals, domains, num_domains, mask, over_ranks=over_ranks)
     with torch.autocast(features.device.type, enabled=False):
         dtype = torch.promote_types(samples.features.dtype, samples.residuals.dtype)
         r, f = samples.residuals.to(dtype), samples.features.to(dtype)

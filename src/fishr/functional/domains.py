@@ -48,6 +48,8 @@ def group_by_domain(
     domains: Domains,
     num_domains: int,
     mask: Tensor | None,
+    *,
+    over_ranks: bool,
 ) -> GroupedSamples:
     """Check the arguments of the penalty functions and lay the samples domain after domain.
 
@@ -78,7 +80,8 @@ def group_by_domain(
 
     if residuals.dtype not in (torch.float32, torch.float64):
         residuals = residuals.float()
-    if not is_distributed():
+    over_ranks = over_ranks and is_distributed()
+    if not over_ranks:
         _check_no_domain_is_empty(sizes)
     if mask is None:
         # Filled on the device: copying a host tensor there would make the host wait.
@@ -86,8 +89,9 @@ def group_by_domain(
     else:
         residuals = residuals * mask.unsqueeze(1)
         counts = torch.stack([part.sum(dtype=residuals.dtype) for part in torch.split(mask, list(sizes))])
-    counts = sum_over_ranks(counts)
-    if (mask is not None or is_distributed()) and values_may_be_checked(counts):
+    if over_ranks:
+        counts = sum_over_ranks(counts)
+    if (mask is not None or over_ranks) and values_may_be_checked(counts):
         _check_no_domain_is_empty(counts.tolist())
     return GroupedSamples(features, residuals, mask, sizes, counts)
 

@@ -39,6 +39,7 @@ def domain_gradient_variances(
     bias: bool = True,
     centered: bool = True,
     mask: Tensor | None = None,
+    over_ranks: bool = True,
 ) -> Tensor:
     """Elementwise variance over samples of the linear head's per-sample gradients, for each domain.
 
@@ -55,6 +56,8 @@ def domain_gradient_variances(
         bias: Whether the head has a bias, whose gradient is the residual itself.
         centered: Whether to subtract the squared mean; without it the result is the second moment.
         mask: ``[sample]`` bool, False for samples that leave their domain (ignored targets); default all count.
+        over_ranks: Whether the ranks of a data-parallel run, if there are several, share the samples out; False where
+            each has all of them.
 
     Returns:
         ``[domain, class, feature]`` in float32 (float64 if an argument is float64); with ``bias`` the last
@@ -69,16 +72,22 @@ def domain_gradient_variances(
     tensor([[1., 0.],
             [0., 0.]])
     """
-    samples = group_by_domain(features, residuals, domains, num_domains, mask)
+    samples = group_by_domain(features, residuals, domains, num_domains, mask, over_ranks=over_ranks)
     variances: Tensor = _head_variances(
-        samples.features, samples.residuals, list(samples.sizes), samples.counts, bias, centered
+        samples.features, samples.residuals, list(samples.sizes), samples.counts, bias, centered, over_ranks
     )[0]
     return variances
 
 
 @library.custom_op("fishr::head_variances", mutates_args=())
 def _head_variances(
-    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, bias: bool, centered: bool
+    features: Tensor,
+    residuals: Tensor,
+    sizes: list[int],
+    counts: Tensor,
+    bias: bool,
+    centered: bool,
+    over_ranks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Second moment minus squared mean, and the mean (empty when not centred), per domain."""
     dtype = torch.promote_types(features.dtype, residuals.dtype)
@@ -92,9 +101,8 @@ def _head_variances(
             variances = features.new_zeros(shape, dtype=dtype)
             means = features.new_zeros(shape if centered else 0, dtype=dtype)
             _add_moments(features, residuals, sizes, counts.to(dtype), variances, means)
-    if centered:
-        means = sum_over_ranks(means)
-    variances = sum_over_ranks(variances)
+    if over_ranks:
+        variances, means = sum_over_ranks(variances), sum_over_ranks(means) if centered else means
     if centered:
         variances.addcmul_(means, means, value=-1)
     return variances, means
@@ -156,7 +164,13 @@ def stacked_gradients(grad: Tensor, h: Tensor, r: Tensor, means: Tensor, counts:
 
 @_head_variances.register_fake
 def _(
-    features: Tensor, residuals: Tensor, sizes: list[int], counts: Tensor, bias: bool, centered: bool
+    features: Tensor,
+    residuals: Tensor,
+    sizes: list[int],
+    counts: Tensor,
+    bias: bool,
+    centered: bool,
+    over_ranks: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(features.dtype, residuals.dtype)
     shape = (len(sizes), residuals.shape[1], features.shape[1] + bias)
@@ -165,14 +179,21 @@ def _(
 
 @library.custom_op("fishr::head_variances_backward", mutates_args=())
 def _head_variances_backward(
-    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor, bias: bool
+    grad: Tensor,
+    features: Tensor,
+    residuals: Tensor,
+    means: Tensor,
+    sizes: list[int],
+    counts: Tensor,
+    bias: bool,
+    over_ranks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to features and residuals.
 
     With G = ∂L/∂v_e and P = m_e∘G (zero when not centred):
         ∂L/∂H = 2/n_e (H∘(R∘R G) − R P)        ∂L/∂R = 2/n_e (R∘(H∘H Gᵀ) − H Pᵀ)
     """
-    grad, counts = sum_over_ranks(grad), counts.to(grad.dtype)
+    grad, counts = sum_over_ranks(grad) if over_ranks else grad, counts.to(grad.dtype)
     with torch.autocast(features.device.type, enabled=False):
         if not fit_together(sizes, features):
             return _gradients(grad, features, residuals, means, sizes, counts)
@@ -242,24 +263,31 @@ def _single_class_gradients(
 
 @_head_variances_backward.register_fake
 def _(
-    grad: Tensor, features: Tensor, residuals: Tensor, means: Tensor, sizes: list[int], counts: Tensor, bias: bool
+    grad: Tensor,
+    features: Tensor,
+    residuals: Tensor,
+    means: Tensor,
+    sizes: list[int],
+    counts: Tensor,
+    bias: bool,
+    over_ranks: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(residuals)
 
 
 def _setup_context(
     ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, list[int], Tensor, bool, bool],
+    inputs: tuple[Tensor, Tensor, list[int], Tensor, bool, bool, bool],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    features, residuals, sizes, counts, bias, _ = inputs
+    features, residuals, sizes, counts, bias, _, over_ranks = inputs
     ctx.save_for_backward(features, residuals, output[1], counts)
-    ctx.sizes, ctx.bias = sizes, bias  # type: ignore[attr-defined]
+    ctx.sizes, ctx.bias, ctx.over_ranks = sizes, bias, over_ranks  # type: ignore[attr-defined]
 
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
-) -> tuple[Tensor, Tensor, None, None, None, None]:
+) -> tuple[Tensor, Tensor, None, None, None, None, None]:
     features, residuals, means, counts = ctx.saved_tensors  # type: ignore[attr-defined]
     grad_features, grad_residuals = _head_variances_backward(
         grad,
@@ -269,8 +297,9 @@ def _backward(
         ctx.sizes,  # type: ignore[attr-defined]
         counts,
         ctx.bias,  # type: ignore[attr-defined]
+        ctx.over_ranks,  # type: ignore[attr-defined]
     )
-    return grad_features, grad_residuals, None, None, None, None
+    return grad_features, grad_residuals, None, None, None, None, None
 
 
 _head_variances.register_autograd(_backward, setup_context=_setup_context)

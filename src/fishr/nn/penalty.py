@@ -51,6 +51,8 @@ class FishrPenalty(nn.Module):
         reduction: ``"mean"`` (DomainBed) or ``"sum"`` (Colored MNIST script, and the only one for
             ``"covariance"``). Default: ``"mean"``; ``"sum"`` for ``"covariance"``.
         variant: ``"variance"``; ``"second_moment"`` (not centred); ``"covariance"`` (full matrices).
+        over_ranks: Whether the ranks of a data-parallel run, if there are several, share each batch out; False where
+            each has all of it.
 
     Raises:
         ConfigError: a setting that does not exist or does not go with the variant.
@@ -73,6 +75,7 @@ class FishrPenalty(nn.Module):
         ema: float | None = None,
         reduction: Reduction | None = None,
         variant: Variant = "variance",
+        over_ranks: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Linear):
@@ -93,6 +96,7 @@ class FishrPenalty(nn.Module):
             ema = 0.0 if variant == "covariance" else PUBLISHED_DECAY
         self.num_features, self.num_classes, self.bias = head.in_features, head.out_features, head.bias is not None
         self.num_domains, self.reduction, self.variant = num_domains, reduction, variant
+        self.over_ranks = over_ranks
         if loss is None:
             loss = nn.BCEWithLogitsLoss() if head.out_features == 1 else nn.CrossEntropyLoss()
         self.loss = loss
@@ -129,7 +133,13 @@ class FishrPenalty(nn.Module):
             mask = samples_that_count(self.loss, targets)
             if self.variant == "covariance":
                 return domain_gradient_covariance_distance(
-                    features, residuals, domains, self.num_domains, bias=self.bias, mask=mask
+                    features,
+                    residuals,
+                    domains,
+                    self.num_domains,
+                    bias=self.bias,
+                    mask=mask,
+                    over_ranks=self.over_ranks,
                 )
             variances = domain_gradient_variances(
                 features,
@@ -139,6 +149,7 @@ class FishrPenalty(nn.Module):
                 bias=self.bias,
                 centered=self.variant == "variance",
                 mask=mask,
+                over_ranks=self.over_ranks,
             )
             return variance_penalty(self.average(variances), reduction=self.reduction)
 
@@ -155,7 +166,7 @@ class FishrPenalty(nn.Module):
             and is_plain_cross_entropy(self.loss, targets)
             and type(self.average) in (MovingAverage, nn.Identity)
             and not any(getattr(self.average, hooks) for hooks in HOOKS)
-            and not is_distributed()
+            and not (self.over_ranks and is_distributed())
             and not torch.compiler.is_compiling()
         )
 

@@ -51,8 +51,8 @@ class Stateful(Protocol):
 
 def save_checkpoint(
     folder: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer], progress: Progress
-) -> None:
-    """Write ``folder/step-N`` and remove all but the last checkpoints."""
+) -> Path:
+    """Write ``folder/step-N`` and remove all but the last checkpoints; returns the new one."""
     tensors = {f"{part}/{name}": value for part, owner in parts.items() for name, value in owner.state_dict().items()}
     settings: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
@@ -71,7 +71,8 @@ def save_checkpoint(
         "steps_in_sums": progress.steps_in_sums,
         "optimizers": settings,
     }
-    with new_folder(folder / f"step-{progress.step:08d}") as aside:
+    path = folder / f"step-{progress.step:08d}"
+    with new_folder(path) as aside:
         # Clones: safetensors refuses tensors that share memory.
         clones = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
         save_file(clones, aside / TENSORS)
@@ -79,15 +80,11 @@ def save_checkpoint(
         (aside / CHECKSUMS).write_text(checksums(aside, TENSORS, STATE), encoding="utf-8")
     for stale in list(_newest_first(folder))[KEPT:]:
         shutil.rmtree(stale)
+    return path
 
 
-def restore_checkpoint(
-    folder: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]
-) -> Progress | None:
-    """Load the newest checkpoint that is whole; damaged ones are removed with a warning.
-
-    Returns:
-        Where the run stands, or None if there is no checkpoint yet.
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None if there is none yet; damaged ones are removed with a warning.
 
     Raises:
         RunError: there are checkpoints, but none is whole.
@@ -101,7 +98,7 @@ def restore_checkpoint(
             logger.warning("checkpoint %s is damaged; continuing from %s", ", ".join(damaged), path.name)
             for name in damaged:
                 shutil.rmtree(folder / name)
-        return _load(path, parts, optimizers)
+        return path
     if damaged:
         raise RunError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete the run's folder to start anew"
@@ -114,7 +111,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(_newest_first(folder), None)
 
 
-def _load(path: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]) -> Progress:
+def load_checkpoint(path: Path, parts: Mapping[str, Stateful], optimizers: Mapping[str, Optimizer]) -> Progress:
+    """Take over the state in a checkpoint; returns where the run stands."""
     tensors = load_file(path / TENSORS)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     for part, owner in parts.items():

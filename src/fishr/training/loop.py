@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +22,6 @@ from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.base import Algorithm, Losses
 from fishr.data.base import MultiDomainDataset, Samples
 from fishr.data.sampling import BatchSampler, split_dataset
-from fishr.devices import torch_device
 from fishr.errors import ConfigError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models.backbone import load_initial_weights
 from fishr.models.build import build_model
@@ -32,11 +30,19 @@ from fishr.models.saved import SavedModel
 from fishr.records import Metrics, RunRecord, Split
 from fishr.training.averaging import make_average
 from fishr.training.best import BestWeights
-from fishr.training.checkpoint import Progress, Stateful, newest_checkpoint, restore_checkpoint, save_checkpoint
+from fishr.training.checkpoint import (
+    Progress,
+    Stateful,
+    load_checkpoint,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    save_checkpoint,
+)
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
 from fishr.training.observer import Observer, Observers, Silent
+from fishr.training.ranks import Ranks
 from fishr.training.run_folder import RunFolder, snapshots_of, tidy
 from fishr.training.signals import stop_on_signal
 from fishr.training.tracking import Tracking
@@ -80,6 +86,8 @@ def train(
     *,
     weights: Path | None = None,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     snapshots: bool = False,
     keep_model: bool = True,
     observer: Observer | None = None,
@@ -91,12 +99,18 @@ def train(
     in-split where there is no out-split), the in-split of all others, and at the last checkpoint the out-split of the
     held-out domains too.
 
+    With several devices each has a process of its own, which runs the calling program from its beginning, as with
+    Lightning; batches are shared out, and what is computed is the same up to the order of sums. A run may be
+    continued with another number of them. All machines must see the run's folder; the first process writes.
+
     Args:
         config: The run.
         dataset: The data that the config names.
         output: Folder of the run.
         weights: File with the featurizer's initial weights, where the config names one by its digest.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        devices: Devices on each machine; on a CPU, processes.
+        nodes: Machines, on each of which the program was started.
         snapshots: Keep the model of every checkpoint that is made from now on; see
             :func:`fishr.training.run_folder.snapshots_of`.
         keep_model: Keep the model of the run when it is done; tables need the records only.
@@ -109,7 +123,8 @@ def train(
             and has none of the snapshots that are asked for.
         RunInterruptedError: SIGINT or SIGTERM came; the state was saved.
         NonFiniteLossError: a loss term became NaN or infinite.
-        ConfigError: the config does not fit the dataset, or there is no such device or tracker.
+        ConfigError: the config does not fit the dataset, there is no such device or tracker, or the algorithm does not
+            train on several devices.
         TrackingError: the tracker cannot be told that the run begins.
     """
     output = Path(output)
@@ -118,30 +133,46 @@ def train(
         raise ConfigError("the config names the dataset {!r} with {}, got {!r} with {}".format(*named, *given))
     dataset.check_test_domains(config.test_domains)
     try:
-        fabric = _fabric(device, config)
-        folder = RunFolder(output, config)
+        ranks = Ranks(device, config.precision, devices, nodes)
+        if ranks.number > 1 and not ALGORITHMS[config.algorithm].for_ranks:
+            raise ConfigError(
+                f"{config.algorithm} looks at the inputs of the whole batch and trains on one device only, got "
+                f"{ranks.number}: take one device, or another algorithm"
+            )
+        ranks.launch()
+        folder = ranks.from_main(lambda: RunFolder(output, config))
         tracking = None if track is None else Tracking(track, folder)
-        if folder.done:
-            tidy(output)
-            if not folder.records():
-                raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
-            if snapshots and not snapshots_of(output):
-                raise RunError(
-                    f"the run in {output} is done and kept no snapshots: choose another --output to train it anew"
-                )
-            return _result(folder, dataset, trained=False)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            observers = Observers(*(each for each in (tracking, observer) if each is not None))
-            run = _Run(config, dataset, folder, fabric, observers, weights, snapshots=snapshots, keep_model=keep_model)
-            with folder.alone(), tracking or nullcontext():
-                run.start()
-                run.finish()
+        if ranks.from_main(lambda: _is_done(folder, snapshots=snapshots)):
+            return ranks.from_main(lambda: _result(folder, dataset, trained=False))
+        with torch.random.fork_rng(range(torch.cuda.device_count())), ExitStack() as held:
+            told = (tracking, observer) if ranks.is_main else ()
+            observers = Observers(*(each for each in told if each is not None))
+            run = _Run(config, dataset, folder, ranks, observers, weights, snapshots=snapshots, keep_model=keep_model)
+            ranks.from_main(lambda: held.enter_context(folder.alone()))
+            if tracking is not None and ranks.is_main:
+                held.enter_context(tracking)
+            run.start()
+            run.finish()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
         ) from error
-    return _result(folder, dataset, trained=True)
+    return ranks.from_main(lambda: _result(folder, dataset, trained=True))
+
+
+def _is_done(folder: RunFolder, *, snapshots: bool) -> bool:
+    """Whether there is nothing to do; raises RunError where what is asked for is missing all the same."""
+    if not folder.done:
+        return False
+    tidy(folder.path)
+    if not folder.records():
+        raise RunError(f"{folder.metrics} is missing or empty: delete the run's folder to start anew")
+    if snapshots and not snapshots_of(folder.path):
+        raise RunError(
+            f"the run in {folder.path} is done and kept no snapshots: choose another --output to train it anew"
+        )
+    return True
 
 
 def _result(folder: RunFolder, dataset: MultiDomainDataset, *, trained: bool) -> RunResult:
@@ -193,7 +224,7 @@ def measure_cost(
         folder.create()
         for _ in range(2):  # what is imported, downloaded or started up once is of no run's cost
             began = time.perf_counter()
-            run = _Run(config, dataset, folder, _fabric(device, config), Silent(), weights)
+            run = _Run(config, dataset, folder, Ranks(device, config.precision), Silent(), weights)
             start = time.perf_counter() - began
         return RunCost(start, run.seconds_per_step(), run.seconds_per_checkpoint())
 
@@ -206,21 +237,26 @@ class _Run:
         config: RunConfig,
         dataset: MultiDomainDataset,
         folder: RunFolder,
-        fabric: Fabric,
+        ranks: Ranks,
         observer: Observer,
         weights: Path | None,
         *,
         snapshots: bool = False,
         keep_model: bool = True,
     ) -> None:
-        self.config, self.dataset, self.folder, self.fabric, self.observer = config, dataset, folder, fabric, observer
+        self.config, self.dataset, self.folder, self.ranks, self.observer = config, dataset, folder, ranks, observer
         self.snapshots, self.keep_model = snapshots, keep_model
         self.splits = _split_all(dataset, config)
         self.train_domains = [name for name in dataset.trainable_domains if name not in config.test_domains]
         in_splits = [self.splits[name]["in"] for name in self.train_domains]
         _check_sizes(config, dict(zip(self.train_domains, in_splits, strict=True)))
         self.sampler = BatchSampler(
-            in_splits, config.hparams.batch_size, config.seed, class_balanced=config.class_balanced
+            in_splits,
+            config.hparams.batch_size,
+            config.seed,
+            class_balanced=config.class_balanced,
+            rank=ranks.index,
+            num_ranks=ranks.number,
         )
 
         _seed_torch(config.seed, _INIT)
@@ -231,26 +267,29 @@ class _Run:
             load_initial_weights(featurizer, config.model.weights, weights)
         self.algorithm: Algorithm = algorithm_class(
             featurizer, classifier, len(self.train_domains), config.hparams, steps=config.steps
-        ).to(fabric.device)
-        self.algorithm.autocast = fabric.autocast
+        ).to(ranks.device)
+        self.algorithm.autocast = ranks.fabric.autocast
         self.network = nn.ModuleDict({"featurizer": self.algorithm.featurizer, "classifier": self.algorithm.classifier})
         self.average = None if config.average is None else make_average(config.average)
         self.best = BestWeights()
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
+        ranks.keep_equal(featurizer, list(self.optimizers.values()))
 
         self.step = 0
-        self.monitor = _LossMonitor(folder, looks_every=1 if fabric.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
+        self.monitor = _LossMonitor(folder, looks_every=1 if ranks.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
         # Whatever may be wrong with the settings was found before: decoding can take long.
-        dataset.open(observer.on_images)
+        with ranks.main_first():
+            dataset.open(observer.on_images)
 
     def start(self) -> None:
         """Make the folder, or continue from its newest checkpoint."""
-        self.folder.create()
-        progress = restore_checkpoint(self.folder.checkpoints, self._stateful(), self.optimizers)
-        if progress is not None:
+        self.ranks.from_main(self.folder.create)
+        checkpoint = self.ranks.from_main(lambda: newest_whole_checkpoint(self.folder.checkpoints))
+        if checkpoint is not None:
+            progress = load_checkpoint(checkpoint, self._stateful(), self.optimizers)
             self.step = progress.step
             self.monitor.sums, self.monitor.count = dict(progress.loss_sums), progress.steps_in_sums
-        self.folder.forget_records_after(self.step)
+        self.ranks.from_main(lambda: self.folder.forget_records_after(self.step))
 
     def finish(self) -> None:
         """Make the remaining steps and write the model."""
@@ -260,7 +299,7 @@ class _Run:
         with stop_on_signal() as stop:
             while self.step < config.steps:
                 _seed_torch(config.seed, _STEP, self.step)
-                batch = self.sampler.batch(self.step).to(self.fabric.device)
+                batch = self.sampler.batch(self.step).to(self.ranks.device)
                 losses = self.algorithm.training_step(batch, self.step, self.optimizers).detached()
                 self.step += 1
                 if self.average is not None:
@@ -269,7 +308,7 @@ class _Run:
                 self.monitor.add(self.step, losses)
                 self.observer.on_step(self.step, self.monitor.last)
                 # Looked at once: a signal that comes later in this step counts for the next.
-                signal_number = stop.signal_number
+                signal_number = self._agreed(stop.signal_number)
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                     record = self._record((time.perf_counter() - timed_from) / timed_steps)
                     self._save()
@@ -287,13 +326,21 @@ class _Run:
             if stop.signal_number is not None:
                 raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
 
+    def _agreed(self, signal_number: int | None) -> int | None:
+        """The signal that came to any rank; on accelerators they ask each other where they look at the losses."""
+        if self.ranks.number > 1:
+            if self.monitor.unseen and self.step % self.config.checkpoint_every:
+                return None
+            return int(self.ranks.largest(signal_number or 0)) or None
+        return signal_number
+
     def seconds_per_step(self) -> float:
         """Mean duration of a few of the last steps, which may be of several kinds that take turns."""
         durations = []
         for step in range(max(0, self.config.steps - WARM_UP_STEPS - TIMED_STEPS), self.config.steps):
             began = time.perf_counter()
             _seed_torch(self.config.seed, _STEP, step)
-            batch = self.sampler.batch(step).to(self.fabric.device)
+            batch = self.sampler.batch(step).to(self.ranks.device)
             self.algorithm.training_step(batch, step, self.optimizers).total.item()
             if self.average is not None:
                 self.average.update(self.network.state_dict(), step + 1)
@@ -307,7 +354,7 @@ class _Run:
         durations = []
         for _ in range(TIMED_EVALUATIONS):
             began = time.perf_counter()
-            evaluate(self.algorithm, some, self.fabric.device)
+            evaluate(self.algorithm, some, self.ranks)
             durations.append(time.perf_counter() - began)
         began = time.perf_counter()
         self._save()
@@ -322,11 +369,11 @@ class _Run:
             if self.config.select and self._is_best(record, earlier):
                 self.best.keep(self.network.state_dict(), self.step)
             if self.snapshots:
-                self.folder.add_snapshot(self._saved_model(record), self.step)
+                self.ranks.from_main(lambda: self.folder.add_snapshot(self._saved_model(record), self.step))
         if self.average is not None:
             loss = self._validation(record, "loss") if self.config.needs_validation_loss else None
             self.average.at_checkpoint(loss)
-        self.folder.append(record)
+        self.ranks.from_main(lambda: self.folder.append(record))
         return record
 
     def _recorded_average(self) -> dict[str, Tensor] | None:
@@ -340,7 +387,7 @@ class _Run:
         for name, splits in self.splits.items():
             domains[name] = {}
             for split in self._splits_needed(name):
-                metrics = evaluate(self.algorithm, splits[split], self.fabric.device)
+                metrics = evaluate(self.algorithm, splits[split], self.ranks)
                 if not np.isfinite(metrics.loss):
                     raise self.monitor.error(self.step, [f"the loss on the {split}-split of {name} is {metrics.loss}"])
                 domains[name][split] = metrics
@@ -381,7 +428,8 @@ class _Run:
             if weights is not None and self.config.needs_validation_loss:
                 # Its records are those of the plain weights.
                 record = replace(record, losses={}, domains=self._evaluate())
-            self.folder.finish(self._saved_model(record) if self.keep_model else None, record)
+            kept = self._saved_model(record) if self.keep_model else None
+            self.ranks.from_main(lambda: self.folder.finish(kept, record))
 
     @contextmanager
     def _weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -398,6 +446,9 @@ class _Run:
 
     def _save(self) -> None:
         self.monitor.look()
+        self.ranks.from_main(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
         self.folder.check_still_alone()
         progress = Progress(self.step, self.monitor.sums, self.monitor.count)
         save_checkpoint(self.folder.checkpoints, self._stateful(), self.optimizers, progress)
@@ -478,11 +529,6 @@ def _check_sizes(config: RunConfig, in_splits: Mapping[str, Samples]) -> None:
                 f"{config.algorithm} needs {least} samples of each domain in a batch, the in-split of {name!r} has "
                 f"{len(samples.targets)}: hold it out, or give a batch_size, which is drawn with replacement"
             )
-
-
-def _fabric(device: str, config: RunConfig) -> Fabric:
-    precision = "32-true" if config.precision == "32" else config.precision
-    return Fabric(accelerator=torch_device(device).type, devices=1, precision=precision)
 
 
 def _split_all(dataset: MultiDomainDataset, config: RunConfig) -> dict[str, dict[Split, Samples]]:
