@@ -12,6 +12,7 @@ from fishr.models.batch_context import ContextFeaturizer, MeanEmbedding, evaluat
 from fishr.models.build import ModelConfig, build_model
 from fishr.models.card import ModelCard, card_as_markdown
 from fishr.training.evaluation import evaluate
+from fishr.training.ranks import Ranks
 
 INPUTS = torch.tensor([[1.0, 0.0], [3.0, 2.0], [10.0, 20.0]])
 BATCH = DomainBatch(INPUTS, torch.tensor([0, 1, 1]), (2, 1))
@@ -149,7 +150,7 @@ def test_a_batch_of_one_class_is_not_what_accuracy_is_measured_on(monkeypatch: p
     inputs = torch.tensor([[1.0, 0.0]] * 100 + [[2.0, 0.0]] * 100)
     samples = Samples(inputs, torch.tensor([0] * 100 + [1] * 100))
     monkeypatch.setattr("fishr.training.evaluation.BATCH_SIZE", 50)
-    assert evaluate(algorithm, samples, torch.device("cpu")).accuracy == 1.0
+    assert evaluate(algorithm, samples, Ranks("cpu", "32")).accuracy == 1.0
 
 
 def test_initial_weights_are_those_of_the_backbone_inside() -> None:

@@ -34,4 +34,4 @@ def test_ranks_train_as_one_process(name, found):
 
 
 def test_what_looks_at_inputs_is_for_one_device():
-    assert shared_batches.FOR_ONE_DEVICE == {"arm", "mixup", "mtl"}
+    assert {"arm", "mixup", "mtl"} == shared_batches.FOR_ONE_DEVICE

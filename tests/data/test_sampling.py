@@ -639,3 +639,23 @@ def test_columns_of_another_length_are_refused(kind: str) -> None:
     columns: dict[str, dict[str, list[int]]] = {"fixed_out": {}, "groups": {}, kind: {"x": [0, 1, 1]}}
     with pytest.raises(DataError, match=f"{kind} of 'made' has 3 entries for domain 'x', expected one for each"):
         with_columns(**columns)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["images", "vectors", "everything"])
+def test_ranks_share_a_batch_out(kind: str, num_ranks: int) -> None:
+    """Each reads its part of each domain, and knows the targets of all."""
+
+    def sampler(**ranks: int) -> BatchSampler:
+        if kind == "images":
+            return image_sampler(**ranks)
+        return BatchSampler([samples(0, 9), samples(100, 4)], 5 if kind == "vectors" else None, 3, **ranks)
+
+    whole = sampler().batch(2)
+    shares = [sampler(rank=rank, num_ranks=num_ranks).batch(2) for rank in range(num_ranks)]
+    assert all(torch.equal(share.targets, whole.targets) and share.sizes == whole.sizes for share in shares)
+    for domain, inputs in enumerate(whole.split(whole.inputs)):
+        of_domain = [share.parts[domain] for share in shares]
+        assert torch.equal(torch.cat([part.inputs for part in of_domain]), inputs)
+        assert max(len(part.inputs) for part in of_domain) - min(len(part.inputs) for part in of_domain) <= 1
+        assert all(torch.equal(part.targets, whole.split(whole.targets)[domain]) for part in of_domain)

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from fishr.algorithms import ERM
 from fishr.data import MultiDomainDataset, Samples
-from fishr.training import evaluate, evaluation
+from fishr.training import evaluation
+from fishr.training.evaluation import evaluate
+from fishr.training.ranks import Ranks
 
-CPU = torch.device("cpu")
+CPU = Ranks("cpu", "32")
 
 
 def reading_logits(num_outputs: int, loss: nn.Module | None = None) -> ERM:

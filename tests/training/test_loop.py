@@ -18,8 +18,10 @@ from fishr.data import DomainBatch, MultiDomainDataset, Samples, load_dataset, s
 from fishr.errors import ConfigError, DataError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models import FEATURIZERS, ModelConfig, load_model
 from fishr.records import Metrics, RunRecord
-from fishr.training import RunConfig, evaluate, loop, train
+from fishr.training import RunConfig, loop, train
+from fishr.training.evaluation import evaluate
 from fishr.training.loop import Silent
+from fishr.training.ranks import Ranks
 from small_runs import (
     CHECKPOINT_EVERY,
     STEPS,
@@ -34,7 +36,7 @@ from small_runs import (
     signal_at,
 )
 
-CPU = torch.device("cpu")
+CPU = Ranks("cpu", "32")
 
 
 # What is trained on
@@ -105,9 +107,9 @@ def test_a_record_has_the_splits_that_selection_needs(tmp_path: Path) -> None:
 def test_splits_are_evaluated_once_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[tuple[int, ...]]] = []
 
-    def watching(algorithm: Algorithm, samples: Samples, device: torch.device) -> Metrics:
+    def watching(algorithm: Algorithm, samples: Samples, ranks: Ranks) -> Metrics:
         seen.append({tuple(row) for row in samples.inputs.long().tolist()})
-        return evaluate(algorithm, samples, device)
+        return evaluate(algorithm, samples, ranks)
 
     monkeypatch.setattr(loop, "evaluate", watching)
     train(numbered_config(steps=20, trial=1), numbered(), tmp_path / "run", device="cpu")

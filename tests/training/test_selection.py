@@ -14,12 +14,14 @@ from fishr.algorithms import ALGORITHMS, Algorithm
 from fishr.data import MultiDomainDataset, Samples
 from fishr.models import load_model
 from fishr.records import Metrics
-from fishr.training import AverageConfig, RunConfig, RunResult, evaluate, loop, train
+from fishr.training import AverageConfig, RunConfig, RunResult, loop, train
+from fishr.training.evaluation import evaluate
+from fishr.training.ranks import Ranks
 from fishr.training.run_folder import RunFolder
 from small_runs import Outcome, Recorded, numbered, numbered_config, outcome, registered, run_config
 
 Weights = dict[str, Tensor]
-CPU = torch.device("cpu")
+CPU = Ranks("cpu", "32")
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -49,7 +51,7 @@ class Script:
         self.accuracies, self.losses = accuracies, losses
         self.weights: list[Weights] = []
 
-    def evaluate(self, algorithm: Algorithm, samples: Samples, device: torch.device) -> Metrics:
+    def evaluate(self, algorithm: Algorithm, samples: Samples, ranks: Ranks) -> Metrics:
         domain = ("a", "b", "c", "extra")[int(samples.inputs[0, 0])]
         if domain == "a":
             self.weights.append({name: value.clone() for name, value in algorithm.state_dict().items()})

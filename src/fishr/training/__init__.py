@@ -2,8 +2,7 @@
 
 from fishr.training.averaging import AverageConfig
 from fishr.training.config import RunConfig
-from fishr.training.evaluation import evaluate
 from fishr.training.loop import RunCost, RunResult, measure_cost, train
 from fishr.training.observer import Observer
 
-__all__ = ["AverageConfig", "Observer", "RunConfig", "RunCost", "RunResult", "evaluate", "measure_cost", "train"]
+__all__ = ["AverageConfig", "Observer", "RunConfig", "RunCost", "RunResult", "measure_cost", "train"]

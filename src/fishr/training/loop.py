@@ -42,7 +42,7 @@ from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
 from fishr.training.observer import Observer, Observers, Silent
-from fishr.training.ranks import Ranks
+from fishr.training.ranks import Ranks, lost_rank
 from fishr.training.run_folder import RunFolder, snapshots_of, tidy
 from fishr.training.signals import stop_on_signal
 from fishr.training.tracking import Tracking
@@ -157,6 +157,13 @@ def train(
         raise RunError(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
+        ) from error
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        raise RunError(
+            f"another process of the run in {output} has ended; what it said tells why: run again to continue from the "
+            "last checkpoint"
         ) from error
     return ranks.from_main(lambda: _result(folder, dataset, trained=True))
 

@@ -25,6 +25,11 @@ def is_main_process() -> bool:
     return rank == 0
 
 
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another rank cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Ranks:
     """One process for each device; each calls the same methods in the same order. One device is one rank.
 
