@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fishr.errors import InputError
 from fishr.functional import domain_gradient_covariance_distance
@@ -25,24 +26,34 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return inputs, targets, domains
 
 
-def model() -> tuple[nn.Linear, nn.Linear, FishrPenalty]:
-    torch.manual_seed(0)
-    featurizer = nn.Linear(NUM_FEATURES, NUM_FEATURES).double()
-    head = nn.Linear(NUM_FEATURES, NUM_CLASSES).double()
-    return featurizer, head, FishrPenalty(head, NUM_DOMAINS)
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.featurizer = nn.Linear(NUM_FEATURES, NUM_FEATURES).double()
+        self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES).double()
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.featurizer(inputs)
+        return features, self.head(features)
 
 
-def gradients_and_history(rows_of_step: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def gradients_and_history(
+    rows_of_step: list[torch.Tensor], wrap: Callable[[nn.Module], nn.Module] = lambda network: network
+) -> dict[str, torch.Tensor]:
     """Penalty, gradients and moving average over some steps, each on some rows of its batch."""
-    featurizer, head, penalty = model()
+    network = Network()
+    penalty = FishrPenalty(network.head, NUM_DOMAINS)
+    wrapped = wrap(network)
     found = {}
     for step, rows in enumerate(rows_of_step):
         inputs, targets, domains = (values[rows] for values in batch(step))
-        features = featurizer(inputs)
-        value = penalty(features, head(features), targets, domains)
-        parameters = [*featurizer.parameters(), *head.parameters()]
-        for index, gradient in enumerate(torch.autograd.grad(value, parameters)):
-            found[f"{step}/gradient/{index}"] = gradient
+        network.zero_grad()
+        features, logits = wrapped(inputs)
+        value = penalty(features, logits, targets, domains)
+        value.backward()
+        for name, weight in network.named_parameters():
+            found[f"{step}/gradient/{name}"] = weight.grad.clone()
         found[f"{step}/value"] = value.detach()
     found["history"] = penalty.average.history
     return found
@@ -55,17 +66,13 @@ def rank(index: int, world_size: int, folder: Path) -> None:
     rows = [torch.arange(21)[index::world_size] for _ in range(STEPS)]
     others = torch.arange(9, 21)[index::world_size]
     rows[1] = torch.cat([torch.arange(9), others]) if index == 0 else others
-    found = gradients_and_history(rows)
-    for name, value in found.items():
-        if "gradient" in name:
-            dist.all_reduce(value)
-            value /= world_size
+    found = gradients_and_history(rows, DistributedDataParallel)
     found["errors"] = [
         message_of(lambda: domain_gradient_covariance_distance(torch.ones(4, 2), torch.ones(4, 1), (2, 2), 2))
     ]
     if index == world_size - 1:
         torch.save(found, folder / "found.pt")
-    penalty = model()[2]
+    penalty = FishrPenalty(nn.Linear(NUM_FEATURES, NUM_CLASSES), NUM_DOMAINS)
     features, logits, targets = torch.ones(2, NUM_FEATURES), torch.ones(2, NUM_CLASSES), torch.zeros(2).long()
     (folder / f"empty-{index}").write_text(message_of(lambda: penalty(features, logits, targets, (1, 1, 0))))
     dist.destroy_process_group()
