@@ -156,10 +156,6 @@ class _DomainEstimator(BaseEstimator):  # type: ignore[misc]
     ) -> None:
         """Train to the last epoch or, with rows set aside, until they say stop; keep the best weights."""
         optimizers = algorithm.configure_optimizers()
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                if "fused" in group:  # one call for all weights: of a small network a fifth of a step
-                    group["fused"] = True
         validation = [(inputs[rows], targets[rows]) for rows in map(torch.from_numpy, aside)]
         # Not before the algorithm is what it says, unless that is never.
         settled = min(algorithm.switch_on_step + algorithm.ramp, self.epochs * batches.steps_per_epoch - 1)

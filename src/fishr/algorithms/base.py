@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
+from fishr.algorithms.adam import FusedAdam
 from fishr.data.base import DomainBatch, Kind
 from fishr.errors import ConfigError
 from fishr.functional.distributed import gather_shares, mean_over_ranks, own_random_numbers
@@ -212,6 +213,7 @@ class Algorithm(nn.Module):
         for_classes: Whether it presupposes classes, so that it trains no regressor.
         for_ranks: Whether it trains on several devices at once: all that its losses take of a batch, besides targets,
             are :meth:`features`.
+        compiles: Whether its featurizer may be compiled: it takes one gradient through each of its passes.
         autocast: Makes the context that the featurizer runs in; the training loop sets it to the run's precision.
         switch_on_step: The first step at which the objective is the algorithm's own; before, it is ERM's.
         ramp: Steps from then on until it is so in full.
@@ -223,6 +225,7 @@ class Algorithm(nn.Module):
     min_domains: ClassVar[int] = 1
     for_classes: ClassVar[bool] = False
     for_ranks: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
     switch_on_step: int = 0
     ramp: int = 0
 
@@ -267,7 +270,7 @@ class Algorithm(nn.Module):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Named optimizers; all of them are checkpointed."""
-        return {"main": Adam(self.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay)}
+        return {"main": FusedAdam(self.parameters(), self.config.lr, weight_decay=self.config.weight_decay)}
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         """The losses of one step (an index that starts at 0)."""

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
+from fishr.algorithms.adam import FusedAdam
 from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses, Reference
 from fishr.data.base import DomainBatch, Kind
 from fishr.space import Choice, Distribution, LogUniform
@@ -117,8 +118,8 @@ class DANN(Algorithm):
         lr = self.config.lr if self.config.discriminator_lr is None else self.config.discriminator_lr
         decay = self.config.discriminator_weight_decay
         return {
-            "main": Adam(self.network_parameters, self.config.lr, betas, weight_decay=self.config.weight_decay),
-            "discriminator": Adam(self.discriminator_parameters(), lr, betas, weight_decay=decay),
+            "main": FusedAdam(self.network_parameters, self.config.lr, betas, weight_decay=self.config.weight_decay),
+            "discriminator": FusedAdam(self.discriminator_parameters(), lr, betas, weight_decay=decay),
         }
 
     def training_step(self, batch: DomainBatch, step: int, optimizers: Mapping[str, Optimizer]) -> Losses:

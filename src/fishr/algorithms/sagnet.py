@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
+from fishr.algorithms.adam import FusedAdam
 from fishr.algorithms.base import Algorithm, AlgorithmConfig, Losses, Reference
 from fishr.data.base import DomainBatch, Kind
 from fishr.space import Distribution, LogUniform
@@ -79,7 +80,9 @@ class SagNet(Algorithm):
         parts = {"featurizer": self.featurizer, "classifier": self.classifier, "style": self.style_head}
         # Groups, because a plain list must not be empty, and a featurizer may have no weights.
         return {
-            name: Adam([{"params": list(part.parameters())}], self.config.lr, weight_decay=self.config.weight_decay)
+            name: FusedAdam(
+                [{"params": list(part.parameters())}], self.config.lr, weight_decay=self.config.weight_decay
+            )
             for name, part in parts.items()
         }
 
