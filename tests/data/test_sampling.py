@@ -1,6 +1,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fishr.data import BatchSampler, DomainBatch, MultiDomainDataset, Samples, split_dataset, split_indices
 from fishr.data.augmentation import NUM_DRAWS, augment
@@ -15,6 +17,7 @@ from fishr.data.image_format import ImageFormat
 from fishr.data.images import Images
 from fishr.data.sampling import split_groups
 from fishr.errors import ConfigError, DataError
+from fishr.functional.distributed import share
 
 
 def samples(start: int, size: int) -> Samples:
@@ -380,7 +383,7 @@ def image_domains(files: Files, augmentation: str = "domainbed") -> list[Samples
     ]
 
 
-def image_sampler(files: Files | None = None, seed: int = 3, batch_size: int = 4, **options: bool) -> BatchSampler:
+def image_sampler(files: Files | None = None, seed: int = 3, batch_size: int = 4, **options: Any) -> BatchSampler:
     return BatchSampler(image_domains(files or Files()), batch_size, seed, **options)
 
 
@@ -465,6 +468,66 @@ def test_an_image_that_cannot_be_read_is_said_when_its_batch_is_due(ahead: bool)
         sampler.batch(1)
     files.on_read = lambda reads: None
     assert equal(sampler.batch(1), expected)
+
+
+# For an accelerator
+
+CPU = torch.device("cpu")
+ACCELERATOR = torch.device("meta")  # it stands for one: nothing is computed there
+
+
+def test_for_an_accelerator_colors_are_left_to_it() -> None:
+    host, device = image_sampler(batch_size=30), image_sampler(batch_size=30, device=ACCELERATOR)
+    for step in (0, 3):
+        expected, batch = host.batch(step), device.batch(step)
+        assert (batch.inputs.dtype, batch.inputs.device.type) == (torch.uint8, "cpu")
+        assert batch.colors is not None
+        assert expected.colors is None
+        finished = batch.to(CPU)
+        assert finished.colors is None
+        assert torch.equal(finished.targets, expected.targets)
+        assert finished.sizes == expected.sizes
+        assert not torch.equal(batch.inputs, expected.inputs)
+        difference = 255 * finished.inputs - expected.inputs.float()
+        assert difference.abs().mean() < 3  # 1.1 was seen, of noise, by hue in bytes
+        assert difference.abs().max() < 40
+    assert equal(image_sampler(batch_size=30, device=ACCELERATOR).batch(3), batch)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_rank_leaves_the_colors_of_its_own_share(num_ranks: int) -> None:
+    whole = image_sampler(batch_size=5, device=ACCELERATOR).batch(2).to(CPU)
+    for rank in range(num_ranks):
+        sampler = image_sampler(batch_size=5, device=ACCELERATOR, rank=rank, num_ranks=num_ranks)
+        own = sampler.batch(2).to(CPU)
+        parts = [part[share(5, rank, num_ranks)] for part in whole.split(whole.inputs)]
+        torch.testing.assert_close(own.inputs, torch.cat(parts))
+
+
+@pytest.mark.parametrize("recipe", ["none", "light"])
+def test_without_changes_of_color_nothing_is_left(recipe: str) -> None:
+    samplers = [BatchSampler(image_domains(Files(), recipe), 4, 3, device=device) for device in (CPU, ACCELERATOR)]
+    on_host, batch = (sampler.batch(1) for sampler in samplers)
+    assert batch.colors is None
+    assert equal(on_host, batch)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_copies_from_pinned_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda value: pinned.append(value) or value)
+    batch = image_sampler(device=torch.device(device)).batch(0)
+    if device == "cpu":
+        assert not pinned
+    else:
+        wanted = (batch.inputs, batch.targets, batch.colors.weights, batch.colors.turns, batch.colors.by_turn)
+        assert all(any(value is one for one in pinned) for value in wanted)
+
+
+def test_all_of_every_domain_goes_to_the_device_once() -> None:
+    sampler = BatchSampler([samples(0, 3), samples(10, 2)], batch_size=None, seed=0, device=ACCELERATOR)
+    assert sampler.batch(0).inputs.device == ACCELERATOR
+    assert sampler.batch(0) is sampler.batch(1)
 
 
 def test_images_need_a_batch_size() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fishr.data.cache import Progress
+from fishr.data.color_jitter import ColorChanges
 from fishr.data.image_format import ImageFormat
 from fishr.data.images import Images
 from fishr.errors import DataError
@@ -54,6 +55,7 @@ class DomainBatch:
         sizes: Samples of each domain, in order.
         rank: Whose inputs they are.
         num_ranks: How many have a share.
+        colors: What is left to be done to the colors of the inputs, uint8 images, on their way to a device.
     """
 
     inputs: Tensor
@@ -61,6 +63,7 @@ class DomainBatch:
     sizes: tuple[int, ...]
     rank: int = 0
     num_ranks: int = 1
+    colors: ColorChanges | None = None
 
     @classmethod
     def of(cls, inputs: list[Tensor], targets: list[Tensor]) -> "DomainBatch":
@@ -70,7 +73,9 @@ class DomainBatch:
     @property
     def domains(self) -> Tensor:
         """The domain of each sample, int64 ``[sample]``."""
-        return torch.repeat_interleave(torch.tensor(self.sizes)).to(self.targets.device)
+        # Filled on the device: copying a host tensor there would make the host wait.
+        parts = [self.targets.new_full((size,), domain, dtype=torch.int64) for domain, size in enumerate(self.sizes)]
+        return torch.cat(parts)
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of samples, ``[sample, ...]``, domain by domain."""
@@ -86,8 +91,17 @@ class DomainBatch:
         )
 
     def to(self, device: torch.device) -> "DomainBatch":
-        """The batch on a device, its inputs as a network takes them."""
-        return replace(self, inputs=network_input(self.inputs, device), targets=self.targets.to(device))
+        """The batch on a device, its inputs as a network takes them; the host does not wait for the copies."""
+        if self.colors is None:
+            inputs = network_input(self.inputs, device)
+        else:
+            inputs = self.colors.to(device).applied(self.inputs.to(device, non_blocking=True)).div_(255)
+        return replace(self, inputs=inputs, targets=self.targets.to(device, non_blocking=True), colors=None)
+
+    def pin_memory(self) -> "DomainBatch":
+        """The batch in memory from which a GPU copies while the host goes on."""
+        colors = None if self.colors is None else self.colors.pin_memory()
+        return replace(self, inputs=self.inputs.pin_memory(), targets=self.targets.pin_memory(), colors=colors)
 
 
 @dataclass(frozen=True)

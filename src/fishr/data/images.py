@@ -84,16 +84,23 @@ class Images:
         stored = self.files.open()
         return _batch(lambda index: self.format.fit(stored[index]), chosen)
 
-    def augmented(self, indices: Tensor, draws: NDArray[np.float64]) -> Tensor:
+    @property
+    def changes_color(self) -> bool:
+        """Whether the training form differs in color."""
+        return self.augmentation == "domainbed"
+
+    def augmented(self, indices: Tensor, draws: NDArray[np.float64], *, color: bool = True) -> Tensor:
         """Images in a random form, uint8 ``[sample, channel, row, column]``.
 
         Args:
             indices: Which images.
             draws: Uniform numbers in [0, 1), ``[sample, NUM_DRAWS]``: all that is random about each.
+            color: Whether to change colors; if not, :class:`fishr.data.color_jitter.ColorChanges` is what is left.
         """
         stored = self.files.open()
+        recipe = "light" if self.changes_color and not color else self.augmentation
         pairs = zip(self.indices[np.asarray(indices)], draws, strict=True)
-        return _batch(lambda pair: augment(stored[pair[0]], self.format, self.augmentation, pair[1]), pairs)
+        return _batch(lambda pair: augment(stored[pair[0]], self.format, recipe, pair[1]), pairs)
 
 
 def _batch(transform: Callable[[T], NDArray[np.uint8]], items: Iterable[T]) -> Tensor:

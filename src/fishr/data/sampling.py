@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fishr.data.augmentation import NUM_DRAWS
 from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
+from fishr.data.color_jitter import ColorChanges
 from fishr.data.images import Images
 from fishr.errors import ConfigError, DataError
 from fishr.functional.distributed import share
@@ -178,7 +179,8 @@ class BatchSampler:
     """Batches for training: from every domain ``batch_size`` samples, drawn with replacement.
 
     The batch of a step, transforms of images included, is a function of (seed, domain, step). Without a batch size
-    every batch is the whole of all domains. The images of the next step are read while the current one is used.
+    every batch is the whole of all domains. The images of the next step are read while the current one is used. For an
+    accelerator their colors are left to :meth:`DomainBatch.to`, and for a GPU batches lie in pinned memory.
 
     Args:
         domains: The samples to train on, one entry for each training domain.
@@ -187,6 +189,7 @@ class BatchSampler:
         class_balanced: Draw the class first, each that the domain has as likely, then a sample of it.
         rank: Whose share of the inputs is read.
         num_ranks: How many share a batch out; it is the same batch for any number.
+        device: Where the batches are going.
 
     Raises:
         ConfigError: a batch size below 1, or none where classes are to be balanced.
@@ -201,12 +204,13 @@ class BatchSampler:
         class_balanced: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         if batch_size is None and (class_balanced or any(isinstance(samples.inputs, Images) for samples in domains)):
             raise ConfigError("batch_size must be a number for images and for class-balanced batches, got null")
-        self.domains, self.batch_size, self.seed = domains, batch_size, seed
+        self.domains, self.batch_size, self.seed, self.device = domains, batch_size, seed, device
         self.rank, self.num_ranks = rank, num_ranks
         self._members = [_members_of_classes(samples.targets) if class_balanced else None for samples in domains]
         self._everything = self._whole() if batch_size is None else None
@@ -227,21 +231,26 @@ class BatchSampler:
 
     def _whole(self) -> DomainBatch:
         inputs = [self._own(samples.inputs) for samples in self.domains if isinstance(samples.inputs, Tensor)]
-        return self._batch(inputs, [samples.targets for samples in self.domains])
+        return self._batch(inputs, [samples.targets for samples in self.domains]).to(self.device)
 
     def _make(self, step: int) -> DomainBatch:
-        inputs, targets = [], []
+        inputs, targets, uncolored = [], [], []
         for domain, samples in enumerate(self.domains):
             indices = self._draw(domain, step)
             targets.append(samples.targets[indices])
             own = self._own(indices)
             if isinstance(samples.inputs, Images):
                 generator = np.random.default_rng((self.seed, _AUGMENT, domain, step))
-                draws = generator.random((len(indices), NUM_DRAWS))
-                inputs.append(samples.inputs.augmented(own, self._own(draws)))
+                draws = self._own(generator.random((len(indices), NUM_DRAWS)))
+                inputs.append(samples.inputs.augmented(own, draws, color=self.device.type == "cpu"))
+                if samples.inputs.changes_color and self.device.type != "cpu":
+                    uncolored.append(draws)
             else:
                 inputs.append(samples.inputs.index_select(0, own))  # a third of the time of inputs[own]
-        return self._batch(inputs, targets)
+        batch = self._batch(inputs, targets)
+        if uncolored:
+            batch = replace(batch, colors=ColorChanges.of(np.concatenate(uncolored)))
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _own(self, values: T) -> T:
         """This rank's share of what there is of each sample of a domain."""
