@@ -47,6 +47,52 @@ def test_the_same_as_in_parts(dtype, tolerance, bias, past, reduction):
     assert oracles.relative_error(*gradients) <= tolerance
 
 
+IGNORED = -100
+
+
+def some_ignored(targets):
+    """Other numbers of samples that count in each domain."""
+    targets = targets.clone()
+    targets[[0, 3, SIZE + 1]] = IGNORED
+    return targets, targets != IGNORED
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_samples_that_do_not_count_leave_their_domain(bias):
+    leaves, targets, history = draw(bias)
+    targets, mask = some_ignored(targets)
+    ours = cross_entropy_penalty(*leaves, targets, NUM_DOMAINS, bias=bias, mask=mask, history=history)
+    residuals = loss_residuals(nn.CrossEntropyLoss(ignore_index=IGNORED), leaves[1], targets)
+    sizes = (SIZE,) * NUM_DOMAINS
+    variances = domain_gradient_variances(leaves[0], residuals, sizes, NUM_DOMAINS, bias=bias, mask=mask)
+    theirs = variance_penalty(variances + history), variances
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert oracles.relative_error(actual, expected) <= 1e-12
+    gradients = [torch.autograd.grad(way[0], leaves) for way in (ours, theirs)]
+    assert oracles.relative_error(*gradients) <= 1e-12
+    assert not gradients[0][0][~mask].any()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_mask_of_all_samples_changes_nothing(bias):
+    leaves, targets, history = draw(bias)
+    ours = cross_entropy_penalty(*leaves, targets, NUM_DOMAINS, bias=bias, mask=targets >= 0, history=history)
+    theirs = in_one(leaves, targets, bias, history)
+    assert all(map(torch.equal, ours, theirs))
+    gradients = [torch.autograd.grad(way[0], leaves) for way in (ours, theirs)]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_gradcheck_with_a_mask():
+    leaves, targets, history = draw(bias=True)
+    targets, mask = some_ignored(targets)
+
+    def penalty(*inputs):
+        return cross_entropy_penalty(*inputs, targets, NUM_DOMAINS, bias=True, mask=mask, history=history)[0]
+
+    assert torch.autograd.gradcheck(penalty, leaves)
+
+
 def test_features_in_half_precision_are_widened():
     leaves, targets, _ = draw(bias=True, dtype=torch.float32)
     leaves[0] = leaves[0].detach().bfloat16().requires_grad_()

@@ -526,6 +526,25 @@ def test_other_batches_are_not(sizes, settings, monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize("ignored", [[], [0, 9, 10]], ids=["none ignored", "some ignored"])
+def test_where_values_are_not_looked_at_small_batches_are_one_operation_too(ignored, monkeypatch):
+    """As on an accelerator, where it cannot be known that the loss ignores no sample."""
+    head = make_head()
+    features, _, targets = draw_step(head=head)
+    logits = head(features)
+    targets[ignored] = -100
+    expected = FishrPenalty(head, 2)(features, logits, targets, torch.arange(14) // 7)
+    for module in ("nn.penalty", "functional.residuals", "functional.domains"):
+        monkeypatch.setattr(f"fishr.{module}.values_may_be_checked", lambda tensor: False)
+    calls = count_calls_in_one(monkeypatch)
+    actual = FishrPenalty(head, 2)(features, logits, targets, (7, 7))
+    assert len(calls) == 1
+    assert oracles.relative_error(actual, expected) <= 1e-5
+    leaves = [features, *head.parameters()]
+    gradients = [torch.autograd.grad(value, leaves, retain_graph=True) for value in (actual, expected)]
+    assert oracles.relative_error(*gradients) <= 1e-5
+
+
 def test_hooks_of_the_average_are_called():
     head, seen = make_head(), []
     features, logits, targets = draw_step(head=head)

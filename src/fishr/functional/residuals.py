@@ -50,7 +50,7 @@ def loss_residuals(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     if type(loss) is nn.CrossEntropyLoss:
         check_class_targets(loss, logits.shape, targets)
         probabilities = torch.softmax(logits, dim=1)
-        if is_plain_cross_entropy(loss, targets):
+        if is_plain_cross_entropy(loss) and samples_that_count(loss, targets) is None:
             return probabilities - _distribution(logits, targets)
         weights = _cross_entropy_target_weights(loss, logits, targets)
         return probabilities * weights.sum(1, keepdim=True) - weights
@@ -109,14 +109,9 @@ def samples_that_count(loss: Loss, targets: Tensor) -> Tensor | None:
     return None if values_may_be_checked(targets) and counts.all() else counts
 
 
-def is_plain_cross_entropy(loss: Loss, targets: Tensor) -> bool:
-    """Whether no sample has another weight than the others: no class weights, no smoothing, none of these ignored."""
-    return (
-        type(loss) is nn.CrossEntropyLoss
-        and loss.weight is None
-        and loss.label_smoothing == 0
-        and samples_that_count(loss, targets) is None
-    )
+def is_plain_cross_entropy(loss: Loss) -> bool:
+    """Whether it is cross-entropy without class weights and smoothing."""
+    return type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0
 
 
 def _distribution(logits: Tensor, targets: Tensor) -> Tensor:

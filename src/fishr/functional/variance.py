@@ -29,6 +29,9 @@ CHUNK_ELEMENTS = 2**18
 """Feature entries in one chunk on a CPU: 1 MiB of float32, the size of a common second-level cache. Domains of equal
 sizes with no more entries in all are computed at once."""
 
+ACCELERATOR_ELEMENTS = 2**22
+"""The same on an accelerator, where calls are what takes time: 16 MiB of float32 in all."""
+
 
 def domain_gradient_variances(
     features: Tensor,
@@ -128,8 +131,9 @@ def _add_moments(
 
 
 def fit_together(sizes: Sequence[int], features: Tensor) -> bool:
-    """Whether domains are as large as each other and together no larger than a chunk."""
-    return len(set(sizes)) == 1 and features.numel() <= CHUNK_ELEMENTS
+    """Whether domains are as large as each other and together small enough to be computed at once."""
+    most = CHUNK_ELEMENTS if features.device.type == "cpu" else ACCELERATOR_ELEMENTS
+    return len(set(sizes)) == 1 and features.numel() <= most
 
 
 def stacked(features: Tensor, residuals: Tensor, num_domains: int, *, bias: bool) -> tuple[Tensor, Tensor]:
