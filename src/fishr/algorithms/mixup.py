@@ -70,7 +70,7 @@ class Mixup(Algorithm):
             drawn.append(share)
         mixed = DomainBatch.of(inputs, first)
         logits = self(mixed.inputs)
-        shares = logits.new_tensor(drawn)
+        shares = torch.stack([logits.new_full((), share) for share in drawn])  # filled on the device, not copied there
         risks = shares * self.domain_risks(logits, mixed)
         risks = risks + (1 - shares) * self.domain_risks(logits, replace(mixed, targets=torch.cat(second)))
         risk = risks.mean()

@@ -130,7 +130,7 @@ def layer_statistics(
         with torch.no_grad():
             logits = model(inputs)
         risk += share * per_sample_losses(loss_of(model), logits, targets).mean().item()
-        accuracy += share * correct(logits, targets).double().mean().item()
+        accuracy += share * correct(logits, targets).cpu().double().mean().item()
         for draw, estimate in enumerate(_hutchinson(model, weights, inputs, targets, estimator)):
             estimates[draw] += share * estimate
     hessian = estimates.mean(0)
