@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fishr.errors import ConfigError, DataError
 from fishr.models import ModelConfig, build_model
-from fishr.models.backbone import Backbone, backbone_config, load_initial_weights
+from fishr.models.backbone import Backbone, backbone_config, lay_weights, load_initial_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HUB_ID = "timm/test_resnet.r160_in1k"
@@ -806,3 +806,36 @@ def test_real_weights_know_what_is_in_photos(data_root: Path) -> None:
     assert torch.allclose(features, expected, atol=1e-4)
     labels = (data_root / "weights" / "imagenet_labels.txt").read_text().splitlines()
     assert [labels[answer].split(",")[0] for answer in answers] == list(PHOTOS.values())
+
+
+# Layout of the weights
+
+
+def layouts(network: nn.Module) -> set[bool]:
+    """Whether weights with a layout, those with space, lie channels last."""
+    weights = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[2:] != (1, 1)]
+    return {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.shape[1] > 1}
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_on_a_gpu_weights_lie_as_images_do(wrap: bool) -> None:
+    options = {"name": "test_resnet", "mean": [0.5] * 3, "std": [0.2] * 3}
+    config = ModelConfig("timm", options)
+    if wrap:
+        config = ModelConfig("mean-embedding", {"featurizer": "timm", "options": options})
+    featurizer, _ = build_model(config, (3, 32, 32), 2)
+    featurizer.eval()
+    images = torch.rand(2, 3, 32, 32)
+    before, expected = {name: value.clone() for name, value in featurizer.state_dict().items()}, featurizer(images)
+    lay_weights(featurizer, torch.device("cpu"))
+    assert layouts(featurizer) == {False}
+    lay_weights(featurizer, torch.device("cuda"))
+    assert layouts(featurizer) == {True}
+    assert all(torch.equal(value, before[name]) for name, value in featurizer.state_dict().items())
+    torch.testing.assert_close(featurizer(images), expected)
+
+
+def test_weights_of_other_networks_stay_as_they_lie() -> None:
+    featurizer, _ = build_model(ModelConfig("mnist-cnn"), (2, 8, 8), 2)
+    lay_weights(featurizer, torch.device("cuda"))
+    assert layouts(featurizer) == {False}

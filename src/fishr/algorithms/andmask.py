@@ -52,6 +52,7 @@ class ANDMask(Algorithm):
         arxiv="2009.00329",
     )
     min_domains = 2
+    compiles = False
     Config: ClassVar[type[AlgorithmConfig]] = ANDMaskConfig
     config: ANDMaskConfig
 

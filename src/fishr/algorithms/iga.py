@@ -41,6 +41,7 @@ class IGA(PenalizedAlgorithm):
         arxiv="2008.01883",
     )
     min_domains = 2
+    compiles = False
     Config = IGAConfig
     config: IGAConfig
 

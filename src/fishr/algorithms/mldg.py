@@ -65,6 +65,7 @@ class MLDG(Algorithm):
         arxiv="1710.03463",
     )
     min_domains = 2
+    compiles = False
     Config = MLDGConfig
     config: MLDGConfig
 

@@ -71,6 +71,9 @@ def train(
     device: str = Device,
     devices: int = typer.Option(1, "--devices", help="Devices to train on; on a CPU, processes."),
     nodes: int = typer.Option(1, "--nodes", help="Machines, each with as many; start the command on all of them."),
+    compile: bool = typer.Option(
+        False, "--compile", help="Compile the network: a minute or more at the start, then faster steps."
+    ),
     as_json: bool = Json,
     quiet: bool = Quiet,
     config_file: Path | None = ConfigFile,
@@ -142,6 +145,7 @@ def train(
                 device=device,
                 devices=devices,
                 nodes=nodes,
+                compile=compile,
                 snapshots=snapshots,
                 observer=observer,
                 track=track,

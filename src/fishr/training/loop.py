@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from fishr.algorithms.base import Algorithm, Losses
 from fishr.data.base import MultiDomainDataset, Samples
 from fishr.data.sampling import BatchSampler, split_dataset
 from fishr.errors import ConfigError, NonFiniteLossError, RunError, RunInterruptedError
-from fishr.models.backbone import load_initial_weights
+from fishr.models.backbone import lay_weights, load_initial_weights
 from fishr.models.build import build_model
 from fishr.models.card import ModelCard
 from fishr.models.saved import SavedModel
@@ -38,6 +38,7 @@ from fishr.training.checkpoint import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
+from fishr.training.compilation import compile_featurizer, compiler_errors_explained, uncompiled
 from fishr.training.config import RunConfig
 from fishr.training.evaluation import evaluate
 from fishr.training.hints import penalty_hints
@@ -88,6 +89,7 @@ def train(
     device: str = "auto",
     devices: int = 1,
     nodes: int = 1,
+    compile: bool = False,
     snapshots: bool = False,
     keep_model: bool = True,
     observer: Observer | None = None,
@@ -111,6 +113,8 @@ def train(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         devices: Devices on each machine; on a CPU, processes.
         nodes: Machines, on each of which the program was started.
+        compile: Train with a compiled featurizer (``torch.compile``): it takes a minute or more, then steps are
+            faster. Results differ by rounding; a run may be continued with it or without.
         snapshots: Keep the model of every checkpoint that is made from now on; see
             :func:`fishr.training.run_folder.snapshots_of`.
         keep_model: Keep the model of the run when it is done; tables need the records only.
@@ -124,7 +128,7 @@ def train(
         RunInterruptedError: SIGINT or SIGTERM came; the state was saved.
         NonFiniteLossError: a loss term became NaN or infinite.
         ConfigError: the config does not fit the dataset, there is no such device or tracker, or the algorithm does not
-            train on several devices.
+            train on several devices, or cannot be compiled.
         TrackingError: the tracker cannot be told that the run begins.
     """
     output = Path(output)
@@ -147,12 +151,23 @@ def train(
         with torch.random.fork_rng(range(torch.cuda.device_count())), ExitStack() as held:
             told = (tracking, observer) if ranks.is_main else ()
             observers = Observers(*(each for each in told if each is not None))
-            run = _Run(config, dataset, folder, ranks, observers, weights, snapshots=snapshots, keep_model=keep_model)
+            run = _Run(
+                config,
+                dataset,
+                folder,
+                ranks,
+                observers,
+                weights,
+                compile=compile,
+                snapshots=snapshots,
+                keep_model=keep_model,
+            )
             ranks.from_main(lambda: held.enter_context(folder.alone()))
             if tracking is not None and ranks.is_main:
                 held.enter_context(tracking)
             run.start()
-            run.finish()
+            with compiler_errors_explained() if compile else nullcontext():
+                run.finish()
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
@@ -248,6 +263,7 @@ class _Run:
         observer: Observer,
         weights: Path | None,
         *,
+        compile: bool = False,
         snapshots: bool = False,
         keep_model: bool = True,
     ) -> None:
@@ -264,6 +280,7 @@ class _Run:
             class_balanced=config.class_balanced,
             rank=ranks.index,
             num_ranks=ranks.number,
+            device=ranks.device,
         )
 
         _seed_torch(config.seed, _INIT)
@@ -275,6 +292,10 @@ class _Run:
         self.algorithm: Algorithm = algorithm_class(
             featurizer, classifier, len(self.train_domains), config.hparams, steps=config.steps
         ).to(ranks.device)
+        lay_weights(featurizer, ranks.device)
+        if compile:
+            compile_featurizer(self.algorithm)
+        self.evaluating = uncompiled if compile else nullcontext
         self.algorithm.autocast = ranks.fabric.autocast
         self.network = nn.ModuleDict({"featurizer": self.algorithm.featurizer, "classifier": self.algorithm.classifier})
         self.average = None if config.average is None else make_average(config.average)
@@ -394,7 +415,8 @@ class _Run:
         for name, splits in self.splits.items():
             domains[name] = {}
             for split in self._splits_needed(name):
-                metrics = evaluate(self.algorithm, splits[split], self.ranks)
+                with self.evaluating():
+                    metrics = evaluate(self.algorithm, splits[split], self.ranks)
                 if not np.isfinite(metrics.loss):
                     raise self.monitor.error(self.step, [f"the loss on the {split}-split of {name} is {metrics.loss}"])
                 domains[name][split] = metrics
