@@ -54,6 +54,17 @@ def head_gradients(loss: Loss, features: Tensor, weight: Tensor, bias: Tensor | 
     return of_weight if bias is None else torch.cat([of_weight, of_bias.unsqueeze(2)], dim=2)
 
 
+def network_gradients(
+    loss: Loss, network: Callable[[Tensor], Tensor], weights: Sequence[Tensor], inputs: Tensor, targets: Tensor
+) -> list[Tensor]:
+    """g_i of some weights of any network, ``[sample, ...]`` each: every sample alone through the network."""
+    gradients = []
+    for sample, target in zip(inputs, targets, strict=True):
+        value = sample_loss(loss, network(sample.unsqueeze(0)).squeeze(0), target)
+        gradients.append(torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True))
+    return [torch.stack(of_weight) for of_weight in zip(*gradients, strict=True)]
+
+
 def outer_gradients(features: Tensor, residuals: Tensor, *, bias: bool) -> Tensor:
     """g_i from features and residuals alone: r_i ⊗ [f_i; 1], each sample written out."""
     gradients = []

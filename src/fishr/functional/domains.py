@@ -1,6 +1,6 @@
 """Which sample belongs to which domain: indices or sizes, checked once and brought into one form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,72 @@ def values_may_be_checked(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class DomainLayout:
+    """Where the samples of each domain lie.
+
+    Attributes:
+        order: int64 ``[sample]``, the samples domain after domain; None when they lie so.
+        sizes: Samples of each domain, those that do not count included.
+        counts: ``[domain]``, the samples of each domain that count, over all ranks that share the samples out.
+    """
+
+    order: Tensor | None
+    sizes: tuple[int, ...]
+    counts: Tensor
+
+    def chunks(self, num_samples: int) -> Iterator[tuple[int, slice | Tensor]]:
+        """A domain and at most so many of its samples, until there are no more."""
+        start = 0
+        for domain, size in enumerate(self.sizes):
+            for begin in range(start, start + size, num_samples):
+                rows = slice(begin, min(begin + num_samples, start + size))
+                yield domain, rows if self.order is None else self.order[rows]
+            start += size
+
+
+def domain_layout(
+    domains: Domains, num_domains: int, num_samples: int, mask: Tensor | None, like: Tensor, *, over_ranks: bool
+) -> DomainLayout:
+    """Check which sample belongs to which domain.
+
+    Args:
+        domains: As :data:`Domains`.
+        num_domains: Number of domains.
+        num_samples: Samples of the batch.
+        mask: bool ``[sample]``, the samples that count; None when all do.
+        like: A tensor of the type and on the device that the counts are to have.
+        over_ranks: Whether the ranks of a data-parallel run, if there are several, share the samples out.
+
+    Raises:
+        InputError: fewer than two domains, a domain index out of range, a mask of another shape, or a domain without a
+            sample on any rank. Value checks run where they cost no device synchronisation.
+    """
+    if num_domains < 2:
+        raise InputError(f"num_domains must be at least 2, got {num_domains}: variances are compared across domains")
+    if mask is not None and (mask.shape != (num_samples,) or mask.dtype != torch.bool):
+        raise InputError(f"mask must be a bool tensor [sample] = [{num_samples}], got {_describe(mask)}")
+    order = None
+    if isinstance(domains, Tensor):
+        order, sizes = _sort_indices(domains, num_domains, num_samples)
+    else:
+        sizes = _check_sizes(domains, num_domains, num_samples)
+    over_ranks = over_ranks and is_distributed()
+    if not over_ranks:
+        _check_no_domain_is_empty(sizes)
+    if mask is None:
+        # Filled on the device: copying a host tensor there would make the host wait.
+        counts = torch.stack([like.new_full((), size) for size in sizes])
+    else:
+        parts = torch.split(mask if order is None else mask[order], list(sizes))
+        counts = torch.stack([part.sum(dtype=like.dtype) for part in parts])
+    if over_ranks:
+        counts = sum_over_ranks(counts)
+    if (mask is not None or over_ranks) and values_may_be_checked(counts):
+        _check_no_domain_is_empty(counts.tolist())
+    return DomainLayout(order, sizes, counts)
+
+
+@dataclass(frozen=True)
 class GroupedSamples:
     """Samples laid domain after domain.
 
@@ -32,7 +98,7 @@ class GroupedSamples:
         residuals: ``[sample, class]``, zero for samples that do not count.
         mask: ``[sample]`` bool, the samples that count; None when all do.
         sizes: Samples of each domain, those that do not count included.
-        counts: ``[domain]``, the samples of each domain that count, over all ranks of a data-parallel run.
+        counts: ``[domain]``, the samples of each domain that count, over all ranks that share the samples out.
     """
 
     features: Tensor
@@ -57,43 +123,22 @@ def group_by_domain(
     later), half-precision residuals are widened here.
 
     Raises:
-        InputError: shapes that do not fit, fewer than two domains, a domain index out of range, or a
-            domain without a sample on any rank. Value checks run where they cost no device synchronisation.
+        InputError: shapes that do not fit, or what :func:`domain_layout` raises.
     """
     if features.ndim != 2 or residuals.ndim != 2 or features.shape[0] != residuals.shape[0]:
         raise InputError(
             "features must be [sample, feature] and residuals [sample, class] with the same samples, "
             f"got {list(features.shape)} and {list(residuals.shape)}; flatten or pool other dimensions first"
         )
-    if num_domains < 2:
-        raise InputError(f"num_domains must be at least 2, got {num_domains}: variances are compared across domains")
-    num_samples = features.shape[0]
-    if mask is not None and (mask.shape != (num_samples,) or mask.dtype != torch.bool):
-        raise InputError(f"mask must be a bool tensor [sample] = [{num_samples}], got {_describe(mask)}")
-
-    if isinstance(domains, Tensor):
-        order, sizes = _sort_indices(domains, num_domains, num_samples)
-        features, residuals = features[order], residuals[order]
-        mask = None if mask is None else mask[order]
-    else:
-        sizes = _check_sizes(domains, num_domains, num_samples)
-
     if residuals.dtype not in (torch.float32, torch.float64):
         residuals = residuals.float()
-    over_ranks = over_ranks and is_distributed()
-    if not over_ranks:
-        _check_no_domain_is_empty(sizes)
-    if mask is None:
-        # Filled on the device: copying a host tensor there would make the host wait.
-        counts = torch.stack([residuals.new_full((), size) for size in sizes])
-    else:
+    layout = domain_layout(domains, num_domains, len(features), mask, residuals, over_ranks=over_ranks)
+    if layout.order is not None:
+        features, residuals = features[layout.order], residuals[layout.order]
+        mask = None if mask is None else mask[layout.order]
+    if mask is not None:
         residuals = residuals * mask.unsqueeze(1)
-        counts = torch.stack([part.sum(dtype=residuals.dtype) for part in torch.split(mask, list(sizes))])
-    if over_ranks:
-        counts = sum_over_ranks(counts)
-    if (mask is not None or over_ranks) and values_may_be_checked(counts):
-        _check_no_domain_is_empty(counts.tolist())
-    return GroupedSamples(features, residuals, mask, sizes, counts)
+    return GroupedSamples(features, residuals, mask, layout.sizes, layout.counts)
 
 
 def _sort_indices(domains: Tensor, num_domains: int, num_samples: int) -> tuple[Tensor, tuple[int, ...]]:
