@@ -640,6 +640,13 @@ def test_shapes_that_do_not_fit_the_head(features, logits):
         FishrPenalty(make_head(), 3)(torch.ones(features), torch.ones(logits), torch.zeros(14).long(), SIZES)
 
 
+def test_a_head_that_tokens_share():
+    features, logits = torch.ones(14, 6, 5), torch.ones(14, 6, 4)
+    message = r"got \[14, 6, 5\] and \[14, 6, 4\]; pool tokens before the head, or take NetworkFishrPenalty"
+    with pytest.raises(InputError, match=message):
+        FishrPenalty(make_head(), 3)(features, logits, torch.zeros(14).long(), SIZES)
+
+
 @variants
 def test_a_domain_of_which_all_samples_are_ignored(variant):
     features, logits, targets = draw_step()

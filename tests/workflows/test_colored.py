@@ -87,6 +87,44 @@ def test_a_cut_job_continues_with_what_is_missing(tmp_path):
         assert weights[0] == weights[1]
 
 
+def test_layers_make_a_method_of_their_own(tmp_path):
+    methods = colored.on_layers(["erm", "fishr", "fishr"], ["classifier", "featurizer", "all"])
+    assert methods == ["erm", "fishr", "fishr-featurizer", "fishr-all"]
+    assert colored.on_layers(["fishr-covariance", "fishr-second-moment"], ["classifier"]) == [
+        "fishr-covariance",
+        "fishr-second-moment",
+    ]
+    runs = colored.run_methods(TINY, methods, [0], tmp_path, Watching())
+    assert [run.algorithm for run in runs] == methods
+    found = {name: getattr(config.hparams, "layers", None) for name, config in configs(tmp_path).items()}
+    assert found == {
+        "erm-0": None,
+        "fishr-0": "classifier",
+        "fishr-featurizer-0": "featurizer",
+        "fishr-all-0": "all",
+    }
+    penalties = {
+        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["losses"]["penalty"]
+        for name in found
+        if name != "erm-0"
+    }
+    assert penalties["fishr-featurizer-0"] > 0
+    assert penalties["fishr-all-0"] > max(penalties["fishr-0"], penalties["fishr-featurizer-0"])
+    assert [colored.TITLES[method] in reproduce.table(runs, {}) for method in methods] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("methods", "layers", "message"),
+    [
+        (["fishr"], ["head"], "unknown layers 'head'"),
+        (["fishr-covariance"], ["all"], "fishr-covariance does not compare the gradients of layers 'all': fishr and"),
+    ],
+)
+def test_layers_that_cannot_be(methods, layers, message):
+    with pytest.raises(ConfigError, match=message):
+        colored.on_layers(methods, layers)
+
+
 def test_an_unknown_method_is_refused_before_any_run(tmp_path):
     with pytest.raises(ConfigError, match="unknown method 'fish'; did you mean 'fishr'"):
         colored.run_methods(TINY, ["erm", "fish"], [0], tmp_path / "job", Watching())

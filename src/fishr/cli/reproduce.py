@@ -22,6 +22,9 @@ def colored_mnist(
         "--methods",
         help="erm, irm, vrex, fishr, fishr-second-moment, fishr-covariance (the last two: Table 6).",
     ),
+    layers: list[str] = typer.Option(
+        ["classifier"], "--layers", help="Whose gradients Fishr compares: classifier, featurizer, all."
+    ),
     restarts: int = typer.Option(10, "--restarts", min=1, help="Seeds of each method; the paper has 10."),
     label_flip: float = typer.Option(0.25, "--label-flip", help="Share of flipped labels; 0 is Table 5."),
     precision: str = typer.Option("bf16-mixed", "--precision", help="32, or bf16-mixed: hidden layers in bfloat16."),
@@ -44,6 +47,8 @@ def colored_mnist(
         fishr reproduce colored-mnist --methods erm fishr --label-flip 0 --output runs/table-5
 
         fishr reproduce colored-mnist --methods fishr fishr-second-moment fishr-covariance --output runs/table-6
+
+        fishr reproduce colored-mnist --methods fishr --layers classifier featurizer all --output runs/layers
     """
     from typing import cast
 
@@ -51,7 +56,7 @@ def colored_mnist(
     from fishr.workflows import colored
     from fishr.workflows import reproduce as workflow
 
-    methods = colored.distinct_methods(methods)
+    methods = colored.on_layers(methods, layers)
     setting = workflow.setting(label_flip, cast(Precision, precision))
     with LiveRuns(colored.TITLES, num_runs=restarts * len(methods), quiet=quiet) as watcher:
         runs = colored.run_methods(

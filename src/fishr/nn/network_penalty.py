@@ -247,8 +247,8 @@ class NetworkFishrPenalty(nn.Module):
 def _check_one_rank() -> None:
     if is_distributed():
         raise ConfigError(
-            "the gradients of whole networks are not compared over several ranks: train on one device, or compare those "
-            "of the classifier alone (FishrPenalty)"
+            "the gradients of whole networks are not compared over several ranks: train on one device, or compare "
+            "those of the classifier alone (FishrPenalty)"
         )
 
 

@@ -39,7 +39,7 @@ class FishrPenalty(nn.Module):
     (:func:`fishr.functional.domain_gradient_variances`). With ``reduction="mean"`` and the default decay this is
     DomainBed's penalty; with ``reduction="sum"`` and ``ema=0`` the Colored MNIST script's. Add it to the
     loss with a weight, usually from 30 % of the run on; call it from the first step so that the
-    average is warm by then.
+    average is warm by then. Other layers, and heads whose weights tokens share: :class:`NetworkFishrPenalty`.
 
     Args:
         head: The linear head. Only its shape and whether it has a bias are read.
@@ -192,9 +192,11 @@ class FishrPenalty(nn.Module):
     def _check_shapes(self, features: Tensor, logits: Tensor) -> None:
         num_samples = features.shape[:1]
         if features.shape != (*num_samples, self.num_features) or logits.shape != (*num_samples, self.num_classes):
+            remedy = "; pool tokens before the head, or take NetworkFishrPenalty, which adds their gradients up"
             raise InputError(
                 f"the head takes features [sample, {self.num_features}] and returns logits "
                 f"[sample, {self.num_classes}], got {list(features.shape)} and {list(logits.shape)}"
+                + (remedy if features.ndim > 2 else "")
             )
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from fishr.data import MultiDomainDataset, load_dataset
 from fishr.deploy import keep_mistakes
+from fishr.errors import ConfigError
 from fishr.files import write_text
 from fishr.models.build import ModelConfig
 from fishr.records import RunRecord
@@ -28,22 +29,39 @@ from fishr.training.config import Precision
 
 UNSEEN, GRAY = "-90%", "gray"
 
+LAYERS = ("classifier", "featurizer", "all")
+"""Whose gradients Fishr may compare."""
+
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "erm": ("erm", {}),
     "irm": ("irm", {"estimator": "full"}),
     "vrex": ("vrex", {"reduction": "sum"}),
     "fishr": ("fishr", {"ema": 0.0, "reduction": "sum"}),
+    "fishr-featurizer": ("fishr", {"ema": 0.0, "reduction": "sum", "layers": "featurizer"}),
+    "fishr-all": ("fishr", {"ema": 0.0, "reduction": "sum", "layers": "all"}),
     "fishr-second-moment": ("fishr", {"ema": 0.0, "reduction": "sum", "variant": "second_moment"}),
+    "fishr-second-moment-featurizer": (
+        "fishr",
+        {"ema": 0.0, "reduction": "sum", "variant": "second_moment", "layers": "featurizer"},
+    ),
+    "fishr-second-moment-all": (
+        "fishr",
+        {"ema": 0.0, "reduction": "sum", "variant": "second_moment", "layers": "all"},
+    ),
     "fishr-covariance": ("fishr", {"variant": "covariance"}),
 }
-"""Each method's algorithm and the settings that make it the Colored MNIST script's."""
+"""Each method's algorithm and the settings that make it the Colored MNIST script's, but for other layers."""
 
 TITLES = {
     "erm": "ERM",
     "irm": "IRM",
     "vrex": "V-REx",
     "fishr": "Fishr",
+    "fishr-featurizer": "Fishr, featurizer",
+    "fishr-all": "Fishr, all layers",
     "fishr-second-moment": "Fishr, second moment",
+    "fishr-second-moment-featurizer": "Fishr, second moment, featurizer",
+    "fishr-second-moment-all": "Fishr, second moment, all layers",
     "fishr-covariance": "Fishr, full covariance",
 }
 
@@ -131,6 +149,26 @@ def distinct_methods(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
+    return list(dict.fromkeys(names))
+
+
+def on_layers(methods: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """Methods without repetition, each of Fishr's once for each choice of layers, the classifier by its plain name.
+
+    Raises:
+        ConfigError: a method or layers that do not exist, or do not go together.
+    """
+    names = []
+    for method in distinct_methods(methods):
+        for choice in layers if METHODS[method][0] == "fishr" else ["classifier"]:
+            if choice not in LAYERS:
+                raise unknown("layers", choice, LAYERS)
+            name = method if choice == "classifier" else f"{method}-{choice}"
+            if name not in METHODS:
+                raise ConfigError(
+                    f"{method} does not compare the gradients of layers {choice!r}: fishr and fishr-second-moment do"
+                )
+            names.append(name)
     return list(dict.fromkeys(names))
 
 
