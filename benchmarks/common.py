@@ -61,9 +61,16 @@ def describe_setup(arguments: argparse.Namespace, packages: Sequence[str], metho
 
 
 def time_alternating(
-    jobs: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 2
+    jobs: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warm_up: int = 2,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call; in every round each job runs once, in turning order, so that drift hits all alike."""
+    """Seconds of each call; in every round each job runs once, in turning order, so that drift hits all alike.
+
+    ``before`` is called with a job's name just before it, and not timed.
+    """
     names = list(jobs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -71,6 +78,7 @@ def time_alternating(
     for turn in range(warm_up + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            before(name)
             duration = time_call(jobs[name])
             if turn >= warm_up:
                 seconds[name].append(duration)

@@ -32,6 +32,8 @@ few classes, which loads its kernels, and a trim of the heap, the growth of the 
 size: VmHWM, reset through /proc/self/clear_refs, minus VmRSS just before. Difference: largest difference to fishr
 over the largest entry of fishr, for the value and for each gradient."""
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -68,20 +70,21 @@ MEMORY_GOALS = {"DomainNet": 20}
 class Problem:
     """The tensors of one side, the same values for every side: sides share none, since BackPACK alters its head."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: torch.device = CPU) -> None:
         generator = torch.Generator().manual_seed(0)
         self.sizes = [shape.batch] * shape.domains
         num_samples = sum(self.sizes)
         # Domains of different scales: were they alike, the penalty would be what is left of a cancellation.
         scales = torch.repeat_interleave(1 + 0.1 * torch.arange(shape.domains), shape.batch).unsqueeze(1)
         features = torch.randn(num_samples, shape.features, generator=generator).relu() * scales
-        self.features = features.requires_grad_()
+        self.features = features.to(device).requires_grad_()
         self.head = nn.Linear(shape.features, shape.classes)
         with torch.no_grad():
             for parameter in self.head.parameters():
                 parameter.normal_(std=shape.features**-0.5, generator=generator)
+        self.head.to(device)
         self.binary = shape.classes == 1
-        self.targets = torch.randint(max(2, shape.classes), (num_samples,), generator=generator)
+        self.targets = torch.randint(max(2, shape.classes), (num_samples,), generator=generator).to(device)
         if self.binary:
             self.targets = self.targets.unsqueeze(1).float()
         self.reduction: Reduction = "sum" if self.binary else "mean"
@@ -197,9 +200,9 @@ def take(head: nn.Module, name: str) -> list[Tensor]:
     return taken
 
 
-def value_and_gradients(side: str, shape: Shape) -> Callable[[], tuple[Tensor, ...]]:
+def value_and_gradients(side: str, shape: Shape, device: torch.device = CPU) -> Callable[[], tuple[Tensor, ...]]:
     """The work that is measured; what happens once, before the first step of a training, happens here."""
-    problem = Problem(shape)
+    problem = Problem(shape, device)
     penalty = SIDES[side](problem)
 
     def call() -> tuple[Tensor, ...]:
@@ -221,12 +224,13 @@ def memory_growth(side: str, shape: Shape) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -95,6 +95,52 @@ def test_step_overhead_measures_an_active_penalty_in_the_precision_asked_for(scr
     assert fishr.features(load.batch).dtype == torch.bfloat16
 
 
+def test_gpu_writes_rates_memory_and_the_head(script, data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FISHR_CACHE", str(tmp_path / "cache"))
+    results = run(script, "gpu", tmp_path, "--data-root", str(data_root), "--sides", "real")
+    assert list(results["steps"]) == ["erm", "fishr", "real"]
+    for side in results["steps"].values():
+        assert side["images_per_second"]["median"] > 0
+        assert side["loss_finite"]
+    assert results["memory"].keys() == {"erm", "fishr"}
+    assert list(results["head"]["sides"]) == ["fishr", "backpack"]
+    assert max(results["head"]["sides"]["backpack"]["difference"].values()) <= 1e-4
+    if not torch.cuda.is_available():
+        assert "There is no GPU here: measured on the CPU." in capsys.readouterr().out
+
+
+def test_gpu_compares_the_same_algorithm_with_backpack(script):
+    gpu = script("gpu")
+    generator = torch.Generator().manual_seed(0)
+    trained = []
+    for algorithm_class in (gpu.Fishr, gpu.BackPACKFishr):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+        algorithm = algorithm_class(*network, 3, FishrConfig(switch_on=0, penalty_weight=10.0, reset_optimizer=False))
+        trained.append((algorithm, algorithm.configure_optimizers()))
+    for step in range(4):
+        data = DomainBatch(torch.randn(18, 5, generator=generator), torch.arange(18) % 3, (6, 6, 6))
+        ours, theirs = (algorithm.training_step(data, step, optimizers) for algorithm, optimizers in trained)
+        assert ours.terms["penalty"] > 0
+        for name, value in ours.terms.items():
+            torch.testing.assert_close(theirs.terms[name], value)
+    for ours, theirs in zip(*(algorithm.state_dict().values() for algorithm, _ in trained), strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fishr", "memory", "real", "met"),
+    [(1.004, 1.001, 1.1, [True] * 3), (1.006, 1.003, 1.2, [False] * 3)],
+    ids=["met", "missed"],
+)
+def test_gpu_judges_a_gpu_alone(script, fishr, memory, real, met):
+    gpu = script("gpu")
+    steps = {name: {"time_ratio": {"median": ratio}} for name, ratio in {"fishr": fishr, "real": real}.items()}
+    results = {"steps": steps, "memory": {"erm": 1000, "fishr": 1000 * memory}}
+    assert [goal.met for goal in gpu.goals(results, on_gpu=True)] == met
+    assert [goal.met for goal in gpu.goals(results, on_gpu=False)] == [None] * 3
+
+
 def test_input_pipeline_writes_rates_of_all_sides(script, data_root, tmp_path):
     results = run(script, "input_pipeline", tmp_path, "--data-root", str(data_root))
     assert list(results["batches"]) == list(script("input_pipeline").SIDES)
