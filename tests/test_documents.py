@@ -49,6 +49,7 @@ NOT_RUN = {
     ".ci/run": "runs these tests",
     "fishr sweep run --config benchmarks/sweeps/mnist.yaml --output runs/mnist --executor ray": "needs a Ray cluster",
     "fishr train --data pictures --test-domain sketch --backbone resnet50 --device cuda": "needs four GPUs",
+    "fishr train --data pictures --test-domain sketch --backbone resnet50 --precision": "needs a GPU",
     "make": "what .ci/run calls",
     "mlflow ui": "goes on until it is stopped",
     "source": "changes a shell",

@@ -22,7 +22,14 @@ class Watch(TorchDispatchMode):
     """Raises where a tensor of the host goes to the accelerator, which waits for the copy.
 
     Not where the copy is said to be non-blocking, nor where it is a single number, which a kernel takes as an argument.
+
+    Attributes:
+        dtypes: The types of what was computed on the accelerator.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self, operator: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -31,6 +38,7 @@ class Watch(TorchDispatchMode):
         name, given = operator._schema.name, tensors((args, kwargs))
         from_host = [value for value in given if value.device.type == "cpu"]
         on_device = any(value.device == ACCELERATOR for value in [*given, *tensors(result)])
+        self.dtypes |= {value.dtype for value in tensors(result) if value.device == ACCELERATOR}
         arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
         waits = not (arguments | (kwargs or {})).get("non_blocking") if name in COPIES else any(map(rank, from_host))
         if on_device and from_host and waits:
@@ -59,11 +67,11 @@ def rank(value: Tensor) -> int:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watched() -> Iterator[Watch]:
     """Raises where the host would wait inside."""
     optimizers = importlib.import_module("torch.optim.optimizer")
-    with pytest.MonkeyPatch.context() as patch, Watch(), WatchConstructors():
+    with pytest.MonkeyPatch.context() as patch, Watch() as watch, WatchConstructors():
         # Neither knows the device.
         patch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
         patch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [ACCELERATOR.type])
-        yield
+        yield watch

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fishr.algorithms import ALGORITHMS, Algorithm
+from fishr.cli import main
 from fishr.data import DomainBatch, MultiDomainDataset
 from fishr.errors import ConfigError, RunInterruptedError
 from fishr.models import ModelConfig, build_model, load_model
@@ -77,6 +78,13 @@ def test_a_run_is_continued_with_it_or_without(
     assert train(CONFIG, digits, tmp_path, device="cpu", compile=then).trained
     close(weights(tmp_path), plain)
     assert not train(CONFIG, digits, tmp_path, device="cpu", compile=True).trained
+
+
+def test_on_the_command_line(quickly: None, tmp_path: Path) -> None:
+    options = ["--data", "colored-digits", "--subset", "40", "--steps", "2", "--quiet", "--device", "cpu"]
+    main(["train", *options, "--compile", "--output", str(tmp_path / "run")])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert (tmp_path / "run/DONE").exists()
 
 
 def algorithm_of(name: str) -> Algorithm:
