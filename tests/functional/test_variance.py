@@ -206,6 +206,7 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, sizes, elements, cente
 
     expected = compute()
     monkeypatch.setattr("fishr.functional.variance.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("fishr.functional.variance.CHUNK_ROWS", 1)
     for actual, whole in zip(compute(), expected, strict=True):
         assert oracles.relative_error(actual, whole) <= 1e-12
 
@@ -413,3 +414,8 @@ def test_an_index_out_of_range_is_found_where_values_are_not_looked_at(monkeypat
 def test_chunks_of_a_rank_that_lacks_a_domain(device):
     chunks = list(_chunks([2, 0, 1], torch.zeros(3, 4, device=device)))
     assert chunks == [(0, slice(0, 2)), (2, slice(2, 3))]
+
+
+def test_a_chunk_of_many_features_still_has_64_samples():
+    chunks = list(_chunks([100, 30], torch.zeros(1).expand(130, 2**16)))
+    assert chunks == [(0, slice(0, 64)), (0, slice(64, 100)), (1, slice(100, 130))]

@@ -32,6 +32,10 @@ sizes with no more entries in all are computed at once."""
 ACCELERATOR_ELEMENTS = 2**22
 """The same on an accelerator, where calls are what takes time: 16 MiB of float32 in all."""
 
+CHUNK_ROWS = 64
+"""Samples in one chunk at least, on a CPU: each chunk walks the statistics of its domain, ``[class, feature]``, which
+takes longer than the arithmetic where it has few samples of many features."""
+
 
 def domain_gradient_variances(
     features: Tensor,
@@ -314,7 +318,7 @@ def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:
     on_cpu = features.device.type == "cpu"
     start = 0
     for domain, size in enumerate(sizes):
-        rows = max(1, CHUNK_ELEMENTS // features.shape[1] if on_cpu else size)
+        rows = max(CHUNK_ROWS, CHUNK_ELEMENTS // features.shape[1]) if on_cpu else max(1, size)
         stop = start + size
         for begin in range(start, stop, rows):
             yield domain, slice(begin, min(begin + rows, stop))
