@@ -1,7 +1,9 @@
 """The benchmarks run, their sides compute the same, what they write has the promised form. Nothing is timed here."""
 
+import gc
 import importlib
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -317,6 +319,74 @@ def test_estimator_gives_all_sides_the_same_work(script):
     assert [weights.shape[::-1] for weights in list(erm.network_.parameters())[::2]] == [w.shape for w in peer.coefs_]
     assert fishr.domains_.tolist() == [0, 1, 2, 3]
     assert min(side.score(arrays.X, arrays.y) for side in (peer, erm, fishr)) > 0.8
+
+
+def test_scaling_writes_times_memory_and_fits(script, tmp_path, browser, monkeypatch):
+    scaling = script("scaling")
+    monkeypatch.setattr(scaling, "torch_device", lambda name: torch.device("cpu"))
+    results = run(script, "scaling", tmp_path)
+    assert results["device"] == "the CPU"
+    assert list(results["dimensions"]) == list(results["base"]) == ["domains", "classes", "samples", "features"]
+    for of in results["dimensions"].values():
+        assert [point["size"] for point in of["points"]] == [2, 4, 8, 16]
+        assert all(point["seconds"]["median"] > 0 for point in of["points"])
+        assert of["fit"]["sizes"] == [8, 16]
+    assert [goal.bound for goal in scaling.goals(results["dimensions"])] == [1.1, 1.1, 1.1, 1.1, 0.01]
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()[:100]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 65, 32, 256), (2, 3, 256, 512), (3, 90, 20, 5000), (2, 4, 400, 2048)],
+    ids=["at once, forward", "at once, backward", "in turn, forward", "in turn, backward"],
+)
+def test_memory_is_what_the_formula_says(script, shape):
+    scaling, cpu = script("scaling"), torch.device("cpu")
+    shape = scaling.Shape(*shape)
+    assert scaling.peak_bytes(scaling.one_call(shape, cpu), cpu) == pytest.approx(
+        scaling.predicted_bytes(shape, cpu), rel=1e-3
+    )
+
+
+def test_scaling_fits_the_growth_of_large_sizes_round_by_round(script):
+    scaling = script("scaling")
+    fixed, slopes = 1.0, (1.0, 2.0, 3.0)
+    seconds = {size: [max(fixed, slope * (size / 16) ** 1.5) for slope in slopes] for size in (2, 4, 8, 16, 32, 64)}
+    fit = scaling.fit(seconds)
+    assert fit["sizes"] == [16, 32, 64]
+    assert fit["exponent"] == pytest.approx({"median": 1.5, "q1": 1.5, "q3": 1.5})
+    assert fit["r_squared"] == pytest.approx(1)
+
+
+def test_soak_watches_both_kinds_of_runs(script, tmp_path, browser):
+    soak = script("soak")
+    soak.main(["--quick", "--output", str(tmp_path)])
+    written = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))
+    assert written["goals"] == []
+    assert list(written["results"]) == ["vectors", "images"]
+    for result in written["results"].values():
+        assert result["step"] == list(range(2, 17, 2))
+        assert result["series"].keys() == result["growth"].keys() == soak.NAMES.keys()
+        assert all(len(values) == 8 and min(values) > 0 for values in result["series"].values())
+    assert "<svg" in (tmp_path / "soak.svg").read_text()[:100]
+
+
+def test_soak_finds_what_is_left_behind(script):
+    soak = script("soak")
+    watch, tensors = soak.Watch(every=5), []
+    gc.collect()
+    with ExitStack() as files:
+        for step in range(1, 41):
+            files.enter_context(Path("/dev/null").open())
+            tensors.append(torch.zeros(2**18))
+            watch.on_step(step, {})
+    assert watch.steps == [5, 10, 15, 20, 25, 30, 35, 40]
+    growth = {name: soak.growth([getattr(state, name) for state in watch.states]) for name in soak.NAMES}
+    assert growth["open_files"] == growth["tensors"] == 20
+    assert growth["memory_mib"] == pytest.approx(20, abs=4)
+    assert growth["threads"] == 0
+    goals = soak.goals({"vectors": {"growth": growth}})
+    assert [goal.met for goal in goals] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
