@@ -494,7 +494,7 @@ def test_for_an_accelerator_colors_are_left_to_it() -> None:
     assert equal(image_sampler(batch_size=30, device=ACCELERATOR).batch(3), batch)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, 7])
 def test_a_rank_leaves_the_colors_of_its_own_share(num_ranks: int) -> None:
     whole = image_sampler(batch_size=5, device=ACCELERATOR).batch(2).to(CPU)
     for rank in range(num_ranks):
@@ -522,6 +522,19 @@ def test_a_gpu_copies_from_pinned_memory(device: str, monkeypatch: pytest.Monkey
     else:
         wanted = (batch.inputs, batch.targets, batch.colors.weights, batch.colors.turns, batch.colors.by_turn)
         assert all(any(value is one for one in pinned) for value in wanted)
+
+
+def test_memory_is_pinned_for_the_gpu_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own begins on the first GPU."""
+    seen: list[tuple[str, torch.device]] = []
+    of_this = threading.current_thread().name
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda value: value)
+    for device in ("cpu", "cuda:1"):
+        image_sampler(device=torch.device(device)).batch(0)
+    ((name, device),) = seen
+    assert name != of_this
+    assert device == torch.device("cuda:1")
 
 
 def test_all_of_every_domain_goes_to_the_device_once() -> None:

@@ -82,7 +82,7 @@ class Images:
     def __getitem__(self, indices: Tensor | slice) -> Tensor:
         chosen = self.indices[indices if isinstance(indices, slice) else np.asarray(indices)]
         stored = self.files.open()
-        return _batch(lambda index: self.format.fit(stored[index]), chosen)
+        return self._batch(lambda index: self.format.fit(stored[index]), chosen)
 
     @property
     def changes_color(self) -> bool:
@@ -100,12 +100,13 @@ class Images:
         stored = self.files.open()
         recipe = "light" if self.changes_color and not color else self.augmentation
         pairs = zip(self.indices[np.asarray(indices)], draws, strict=True)
-        return _batch(lambda pair: augment(stored[pair[0]], self.format, recipe, pair[1]), pairs)
+        return self._batch(lambda pair: augment(stored[pair[0]], self.format, recipe, pair[1]), pairs)
 
-
-def _batch(transform: Callable[[T], NDArray[np.uint8]], items: Iterable[T]) -> Tensor:
-    images = np.stack(list(_threads().map(transform, items)))
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    def _batch(self, transform: Callable[[T], NDArray[np.uint8]], items: Iterable[T]) -> Tensor:
+        images = list(_threads().map(transform, items))
+        if not images:  # the share of a rank may be none
+            return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 @cache

@@ -216,7 +216,9 @@ class BatchSampler:
         self._everything = self._whole() if batch_size is None else None
         self._ahead: tuple[int, Future[DomainBatch]] | None = None
         self._reads_ahead = any(isinstance(samples.inputs, Images) for samples in domains)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fishr-batches")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="fishr-batches", initializer=_use_device, initargs=(device,)
+        )
 
     def batch(self, step: int) -> DomainBatch:
         """The batch of a step."""
@@ -271,6 +273,12 @@ class BatchSampler:
             of_class = members[int(draw)]
             chosen.append(of_class[int(draw % 1 * len(of_class))])
         return torch.tensor(chosen)
+
+
+def _use_device(device: torch.device) -> None:
+    """A new thread begins on the first GPU, and pinning memory would take a part of that one for each process."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _members_of_classes(targets: Tensor) -> list[NDArray[np.int64]]:
