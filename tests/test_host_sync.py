@@ -116,6 +116,13 @@ def test_no_setting_waits(name: str, changes: dict[str, Any], device: torch.devi
     take_steps(algorithm_of(name, "vectors", device, **changes), "vectors", device)
 
 
+@pytest.mark.parametrize("kind", ["vectors", "small_images"])
+def test_fishr_on_all_layers_does_not_wait(kind: str, device: torch.device) -> None:
+    algorithm = algorithm_of("fishr", kind, device, layers="all")
+    algorithm.penalty._verified = device == ACCELERATOR  # once, at the first step, gradients are compared
+    take_steps(algorithm, kind, device)
+
+
 @pytest.mark.parametrize("name", ["fishr", "irm", "mixup", "dann", "causirl-coral"])
 def test_domains_of_unequal_sizes_do_not_wait(name: str, device: torch.device) -> None:
     take_steps(algorithm_of(name, "vectors", device), "vectors", device, sizes=(3, 9, 5))

@@ -118,6 +118,12 @@ def test_many_gradients_through_a_pass_are_refused(name: str, digits: MultiDomai
         train(run_config(algorithm=name), digits, tmp_path, device="cpu", compile=True)
 
 
+def test_fishr_on_other_layers_is_refused(digits: MultiDomainDataset, tmp_path: Path) -> None:
+    config = run_config("fishr", model=ModelConfig("mlp"), hparams={"layers": "all"})
+    with pytest.raises(ConfigError, match=r"^Fishr takes more than one gradient through a pass of the featurizer"):
+        train(config, digits, tmp_path, device="cpu", compile=True)
+
+
 def test_inside_networks_run_as_they_are_written(quickly: None) -> None:
     algorithm = algorithm_of("erm")
     compile_featurizer(algorithm)

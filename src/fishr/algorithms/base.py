@@ -225,7 +225,7 @@ class Algorithm(nn.Module):
     min_domains: ClassVar[int] = 1
     for_classes: ClassVar[bool] = False
     for_ranks: ClassVar[bool] = True
-    compiles: ClassVar[bool] = True
+    compiles: bool = True
     switch_on_step: int = 0
     ramp: int = 0
 

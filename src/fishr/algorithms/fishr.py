@@ -94,6 +94,7 @@ class Fishr(PenalizedAlgorithm):
                 over_ranks=False,
             )
         else:
+            self.compiles = False
             layers = {"featurizer": self.featurizer} | (
                 {"classifier": self.classifier} if config.layers == "all" else {}
             )
