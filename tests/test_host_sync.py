@@ -19,6 +19,7 @@ from fishr.functional import variance
 from fishr.models import ModelConfig, build_model
 from fishr.models.backbone import lay_weights
 from fishr.training.averaging import AVERAGES, AverageConfig, make_average
+from fishr.training.stacked import Stack
 from small_runs import write_pictures
 from waits import ACCELERATOR, watched
 
@@ -45,11 +46,11 @@ def refused_by_cuda() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def algorithm_of(name: str, kind: str, device: torch.device, **changes: Any) -> Algorithm:
+def algorithm_of(name: str, kind: str, device: torch.device, *, num_outputs: int = 3, **changes: Any) -> Algorithm:
     algorithm_class = ALGORITHMS[name]
     shape, model = INPUTS[kind]
     torch.manual_seed(0)
-    network = build_model(algorithm_class.model_config(model), shape, 3)
+    network = build_model(algorithm_class.model_config(model), shape, num_outputs)
     config = algorithm_class.Config.recommended(kind).updated(changes)
     return algorithm_class(*network, len(SIZES), config, steps=LENGTH).to(device)
 
@@ -97,6 +98,30 @@ def test_no_backbone_waits(name: str, device: torch.device) -> None:
     algorithm = algorithm_of(name, "images", device)
     lay_weights(algorithm.featurizer, GPU)
     take_steps(algorithm, "images", device)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("erm", {"l2": 0.1}),
+        ("irm", {"estimator": "full"}),
+        ("vrex", {}),
+        ("fishr", {"ema": 0.0}),
+        ("fishr", {"ema": 0.0, "variant": "second_moment"}),
+        ("fishr", {"variant": "covariance"}),
+    ],
+    ids=str,
+)
+def test_stacked_models_do_not_wait(name: str, changes: dict[str, Any], device: torch.device) -> None:
+    penalized = {} if name == "erm" else {"strength": None, "reset_optimizer": False, "rescale": True}
+    of_each = [algorithm_of(name, "vectors", device, num_outputs=1, **changes, **penalized) for _ in range(2)]
+    batch = DomainBatch(torch.rand(12, 6), torch.arange(12) % 2, (4, 4, 4)).to(device)
+    stack = Stack(of_each, [batch, batch])
+    if device == GPU:
+        stack.backward(0)
+    with watched() if device == ACCELERATOR else refused_by_cuda():
+        for step in STEPS:
+            stack.backward(step)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,26 @@ def test_a_signal_leaves_with_its_own_exit_code(capsys, tmp_path, monkeypatch):
     assert main(arguments) == 0
 
 
+def test_restarts_trained_together_leave_what_they_leave_one_by_one(capsys, tmp_path, monkeypatch):
+    from fishr.workflows import reproduce
+    from fishr.workflows.colored import Setting
+
+    def small(label_flip, precision):
+        options = {"label_flip": label_flip, "subset": 40}
+        return Setting("colored-digits", 8, 1e-3, 1e-3, 9e4, steps=10, data_options=options, precision=precision)
+
+    monkeypatch.setattr(reproduce, "setting", small)
+    command = ["reproduce", "colored-mnist", "--methods", "erm", "vrex", "--restarts", "2", "--output", str(tmp_path)]
+    assert main([*command, "--stack"]) == 0
+    assert "| V-REx" in capsys.readouterr().out
+    assert sorted(path.parent.name for path in tmp_path.glob("*/DONE")) == ["erm-0", "erm-1", "vrex-0", "vrex-1"]
+    assert main(command) == 0
+    assert "All runs were done before" in capsys.readouterr().out
+    assert error_of(capsys, [*command, "--stack", "--track", "wandb"]).startswith(
+        "fishr: error: wandb follows one run of a"
+    )
+
+
 def test_demo_writes_results(capsys, tmp_path):
     arguments = ["demo", "--seeds", "1", "--steps", "10", "--output", str(tmp_path)]
     assert main(arguments) == 0

@@ -44,6 +44,17 @@ def test_gradcheck(reduction):
     assert torch.autograd.gradcheck(lambda v: variance_penalty(v, reduction=reduction), variances)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_several_models_at_once_are_each_alone(reduction):
+    variances = statistics(4, 3, 2, 5).requires_grad_()
+    together = torch.vmap(lambda of_one: variance_penalty(of_one, reduction=reduction))(variances)
+    alone = torch.stack([variance_penalty(of_one, reduction=reduction) for of_one in variances])
+    assert oracles.relative_error(together, alone) <= 1e-12
+    weights = statistics(4, seed=1)
+    gradients = [torch.autograd.grad((value * weights).sum(), variances)[0] for value in (together, alone)]
+    assert oracles.relative_error(*gradients) <= 1e-12
+
+
 def test_sum_is_mean_times_domains_times_parameters():
     variances = statistics(3, 4, 6)
     expected = variance_penalty(variances, reduction="mean") * 3 * (4 * 6)

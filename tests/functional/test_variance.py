@@ -211,6 +211,25 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch, sizes, elements, cente
         assert oracles.relative_error(actual, whole) <= 1e-12
 
 
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "not centered"])
+@pytest.mark.parametrize("shared", [False, True], ids=["features of each", "features shared"])
+@UNEQUAL_AND_EQUAL
+def test_several_models_at_once_are_each_alone(sizes, centered, shared):
+    features, residuals = draw(4, sum(sizes), 5), draw(4, sum(sizes), 3, seed=1)
+
+    def of_one(f, r):
+        return domain_gradient_variances(f, r, sizes, 3, centered=centered)
+
+    if shared:
+        features = draw(sum(sizes), 5)
+    each = [features] * 4 if shared else features
+    alone = torch.stack([of_one(f, r) for f, r in zip(each, residuals, strict=True)])
+    together = torch.vmap(of_one, in_dims=(None if shared else 0, 0))(features, residuals)
+    assert oracles.relative_error(together, alone) <= 1e-12
+    ours, theirs = (gradients_of(value, features, residuals) for value in (together, alone))
+    assert oracles.relative_error(ours, theirs) <= 1e-12
+
+
 @UNEQUAL_AND_EQUAL
 def test_tensors_that_are_not_contiguous(sizes):
     features, residuals = draw_pair(sizes)

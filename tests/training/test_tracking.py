@@ -13,6 +13,7 @@ import pytest
 
 from fishr.data import MultiDomainDataset
 from fishr.errors import ConfigError, RunError, RunInterruptedError, TrackingError
+from fishr.models import ModelConfig
 from fishr.records import RunRecord
 from fishr.training import loop, train
 from fishr.training.trackers import MLflow, TensorBoard, TrackedRun, WandB, _make_experiment, check_tracker
@@ -106,6 +107,20 @@ def test_a_run_is_tracked_and_ends_with_the_same_bits(
     assert train(run_config("fishr"), digits, run, device="cpu", track=tracker).trained
     check_tracked(run, digits, tracker)
     assert outcome(run) == undisturbed("fishr")
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
+def test_runs_trained_together_are_tracked_each(tracker: str, runs: Path, digits: MultiDomainDataset) -> None:
+    planned = [
+        loop.PlannedRun(
+            run_config(seed=seed, model=ModelConfig("mlp"), hparams={"batch_size": None}),
+            digits,
+            runs / f"together-{tracker}-{seed}",
+        )
+        for seed in (0, 1)
+    ]
+    for result in loop.train_together(planned, device="cpu", track=tracker):
+        check(POINTS[tracker](result.folder), expected(result.records, result.kept, tracker))
 
 
 def test_tensorboard_shows_hyperparameters_beside_the_outcome(runs: Path, digits: MultiDomainDataset) -> None:

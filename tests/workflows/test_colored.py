@@ -125,6 +125,21 @@ def test_layers_that_cannot_be(methods, layers, message):
         colored.on_layers(methods, layers)
 
 
+def test_seeds_trained_together_are_what_they_are_one_by_one(tmp_path):
+    one_by_one = colored.run_methods(TINY, ["erm", "fishr"], [0, 3], tmp_path / "one by one", Watching())
+    watcher = Watching()
+    together = colored.run_methods(TINY, ["erm", "fishr"], [0, 3], tmp_path / "together", watcher, stack=True)
+    method_after_method = [("erm", 0), ("erm", 3), ("fishr", 0), ("fishr", 3)]
+    assert watcher.started == watcher.finished == method_after_method
+    assert [(run.algorithm, run.seed) for run in together] == method_after_method
+    assert configs(tmp_path / "together") == configs(tmp_path / "one by one")
+    accuracies = {(run.algorithm, run.seed): run.accuracies for run in one_by_one}
+    for run in together:
+        assert run.accuracies == pytest.approx(accuracies[run.algorithm, run.seed], abs=2.5)  # one of 40 samples
+    assert all((tmp_path / f"together/{method}-{seed}/mistakes.json").exists() for method, seed in method_after_method)
+    assert colored.run_methods(TINY, ["fishr"], [0, 3], tmp_path / "together", Watching()) == together[2:]
+
+
 def test_an_unknown_method_is_refused_before_any_run(tmp_path):
     with pytest.raises(ConfigError, match="unknown method 'fish'; did you mean 'fishr'"):
         colored.run_methods(TINY, ["erm", "fish"], [0], tmp_path / "job", Watching())

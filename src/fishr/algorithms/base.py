@@ -334,7 +334,8 @@ class Algorithm(nn.Module):
         """``l2`` · Σ‖w‖² over all weights and biases of featurizer and head."""
         if self.config.l2 == 0:
             return 0.0
-        return self.config.l2 * torch.stack([weights.square().sum() for weights in self.network_parameters]).sum()
+        weights = [*self.featurizer.parameters(), *self.classifier.parameters()]
+        return self.config.l2 * torch.stack([of_layer.square().sum() for of_layer in weights]).sum()
 
 
 def domain_means(values: Tensor, batch: DomainBatch) -> Tensor:

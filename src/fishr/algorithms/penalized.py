@@ -137,7 +137,7 @@ class PenalizedAlgorithm(Algorithm):
 
     def losses(self, batch: DomainBatch, step: int) -> Losses:
         features = self.features(batch)
-        if not features.requires_grad:  # of a frozen featurizer, which a strength is measured on all the same
+        if self.balance and not features.requires_grad:  # of a frozen featurizer, which is measured on all the same
             features = features.detach().requires_grad_()
         return self.losses_of(features, batch, step)
 

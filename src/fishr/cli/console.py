@@ -139,7 +139,7 @@ class LiveRuns:
     def __init__(self, titles: Mapping[str, str], *, num_runs: int, quiet: bool) -> None:
         self.titles, self.num_runs, self.quiet = titles, num_runs, quiet
         self.rows: list[tuple[str, ...]] = []
-        self.trained = 0
+        self.begun, self.trained = 0, 0
         self.progress = run_progress(stderr)
         self.live = Live(console=stderr, refresh_per_second=8)
         self.drawn = stderr.is_terminal and not quiet
@@ -157,7 +157,8 @@ class LiveRuns:
 
     @contextmanager
     def run(self, method: str, seed: int) -> Iterator["Observer"]:
-        title = f"{len(self.rows) + 1}/{self.num_runs} {self.titles[method]}, seed {seed}"
+        self.begun += 1
+        title = f"{self.begun}/{self.num_runs} {self.titles[method]}, seed {seed}"
         bar = ProgressBar(self.progress, title)
         yield bar
         self.trained += bar.task is not None

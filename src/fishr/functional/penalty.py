@@ -53,10 +53,15 @@ class _SquaredDistance(torch.autograd.Function):
     Plain operations would keep the differences and several temporaries of the variances' size alive.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, variances: Tensor) -> Tensor:
-        ctx.save_for_backward(variances)
-        return (variances - variances.mean(0)).square_().sum()
+    def forward(variances: Tensor) -> Tensor:
+        return (variances - variances.mean(0)).square().sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ which DistributedDataParallel takes, is the gradient of one process with the who
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -311,6 +312,29 @@ def _backward(
 
 
 _head_variances.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_head_variances.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    features: Tensor,
+    residuals: Tensor,
+    sizes: list[int],
+    counts: Tensor,
+    *settings: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    """Several models at once are as one with all their domains, one model's after another's."""
+    num_models: int = info.batch_size
+    features, residuals, counts = (
+        (value.expand(num_models, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
+        for value, dim in ((features, in_dims[0]), (residuals, in_dims[1]), (counts, in_dims[3]))
+    )
+    variances, means = _head_variances(features, residuals, sizes * num_models, counts, *settings)
+    of_models = (num_models, len(sizes))
+    if means.numel() == 0:
+        return (variances.unflatten(0, of_models), means), (0, None)
+    return (variances.unflatten(0, of_models), means.unflatten(0, of_models)), (0, 0)
 
 
 def _chunks(sizes: list[int], features: Tensor) -> Iterator[tuple[int, slice]]:

@@ -3,9 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
@@ -20,12 +21,13 @@ from torch.optim import Optimizer
 
 from fishr.algorithms import ALGORITHMS
 from fishr.algorithms.base import Algorithm, Losses
-from fishr.data.base import MultiDomainDataset, Samples
+from fishr.data.base import DomainBatch, MultiDomainDataset, Samples
 from fishr.data.sampling import BatchSampler, split_dataset
 from fishr.errors import ConfigError, NonFiniteLossError, RunError, RunInterruptedError
 from fishr.models.backbone import lay_weights, load_initial_weights
 from fishr.models.build import build_model
 from fishr.models.card import ModelCard
+from fishr.models.mlp import MLP
 from fishr.models.saved import SavedModel
 from fishr.records import Metrics, RunRecord, Split
 from fishr.training.averaging import make_average
@@ -46,6 +48,7 @@ from fishr.training.observer import Observer, Observers, Silent
 from fishr.training.ranks import Ranks, lost_rank
 from fishr.training.run_folder import RunFolder, snapshots_of, tidy
 from fishr.training.signals import stop_on_signal
+from fishr.training.stacked import Stack, stacking_pays
 from fishr.training.tracking import Tracking
 
 STEPS_BETWEEN_LOOKS = 20
@@ -131,11 +134,78 @@ def train(
             train on several devices, or cannot be compiled.
         TrackingError: the tracker cannot be told that the run begins.
     """
-    output = Path(output)
-    named, given = (config.data, dict(config.data_options)), (dataset.name, dict(dataset.options))
-    if named[1] != given[1] or ("fingerprint" not in given[1] and named[0] != given[0]):
-        raise ConfigError("the config names the dataset {!r} with {}, got {!r} with {}".format(*named, *given))
-    dataset.check_test_domains(config.test_domains)
+    (result,) = _train(
+        [PlannedRun(config, dataset, Path(output), observer)],
+        device=device,
+        track=track,
+        devices=devices,
+        nodes=nodes,
+        weights=weights,
+        compile=compile,
+        snapshots=snapshots,
+        keep_model=keep_model,
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run to be trained; :func:`train` says what the parts are."""
+
+    config: RunConfig
+    dataset: MultiDomainDataset
+    output: Path
+    observer: Observer | None = None
+
+
+def train_together(runs: Sequence[PlannedRun], *, device: str = "auto", track: str | None = None) -> list[RunResult]:
+    """Runs that differ in their seeds alone, trained at once: step by step, by :class:`fishr.training.stacked.Stack`.
+
+    Each leaves what :func:`train` leaves of it, the same up to the order of sums; it may be cut and continued with the
+    others or alone, and is not made again. On a CPU, larger models take each step one after the other.
+
+    Args:
+        runs: What to train.
+        device: As :func:`train` takes it.
+        track: Likewise.
+
+    Raises:
+        ConfigError: runs that differ in more than their seeds, do not take all samples at each step, or cannot be
+            stacked; a tracker that knows one run at a time.
+        FishrError: as :func:`train`.
+    """
+    if len(runs) > 1:
+        first, *others = (replace(run.config, seed=0, data_options={}) for run in runs)
+        if differences := [text for other in others for text in first.differences(other)]:
+            raise ConfigError(f"runs trained together must be the same but for their seeds, got {differences[0]}")
+        if first.hparams.batch_size is not None:
+            raise ConfigError(
+                "runs trained together take all samples at each step: batch_size must be null, got "
+                f"{first.hparams.batch_size}"
+            )
+        if track == "wandb":
+            raise ConfigError(
+                "wandb follows one run of a process at a time: take another tracker, or train the runs one by one, "
+                "without --stack"
+            )
+    return _train(runs, device=device, track=track)
+
+
+def _train(
+    planned: Sequence[PlannedRun],
+    *,
+    device: str,
+    track: str | None,
+    devices: int = 1,
+    nodes: int = 1,
+    weights: Path | None = None,
+    compile: bool = False,
+    snapshots: bool = False,
+    keep_model: bool = True,
+) -> list[RunResult]:
+    for each in planned:
+        _check_dataset(each.config, each.dataset)
+    config, where = planned[0].config, _named([each.output for each in planned])
     try:
         ranks = Ranks(device, config.precision, devices, nodes)
         if ranks.number > 1 and not ALGORITHMS[config.algorithm].for_ranks:
@@ -144,43 +214,63 @@ def train(
                 f"{ranks.number}: take one device, or another algorithm"
             )
         ranks.launch()
-        folder = ranks.from_main(lambda: RunFolder(output, config))
-        tracking = None if track is None else Tracking(track, folder)
-        if ranks.from_main(lambda: _is_done(folder, snapshots=snapshots)):
-            return ranks.from_main(lambda: _result(folder, dataset, trained=False))
-        with torch.random.fork_rng(range(torch.cuda.device_count())), ExitStack() as held:
-            told = (tracking, observer) if ranks.is_main else ()
-            observers = Observers(*(each for each in told if each is not None))
-            run = _Run(
-                config,
-                dataset,
-                folder,
-                ranks,
-                observers,
-                weights,
-                compile=compile,
-                snapshots=snapshots,
-                keep_model=keep_model,
-            )
-            ranks.from_main(lambda: held.enter_context(folder.alone()))
-            if tracking is not None and ranks.is_main:
-                held.enter_context(tracking)
-            run.start()
-            with compiler_errors_explained() if compile else nullcontext():
-                run.finish()
+        folders = ranks.from_main(lambda: [RunFolder(each.output, each.config) for each in planned])
+        done = ranks.from_main(lambda: [_is_done(folder, snapshots=snapshots) for folder in folders])
+        missing = [(each, folder) for each, folder, was in zip(planned, folders, done, strict=True) if not was]
+        if missing:
+            with torch.random.fork_rng(range(torch.cuda.device_count())), ExitStack() as held:
+                runs = []
+                for each, folder in missing:
+                    tracking = None if track is None else Tracking(track, folder)
+                    told = (tracking, each.observer) if ranks.is_main else ()
+                    observers = Observers(*(observer for observer in told if observer is not None))
+                    run = _Run(
+                        each.config,
+                        each.dataset,
+                        folder,
+                        ranks,
+                        observers,
+                        weights,
+                        compile=compile,
+                        snapshots=snapshots,
+                        keep_model=keep_model,
+                    )
+                    ranks.from_main(partial(held.enter_context, folder.alone()))
+                    if tracking is not None and ranks.is_main:
+                        held.enter_context(tracking)
+                    run.start()
+                    runs.append(run)
+                with compiler_errors_explained() if compile else nullcontext():
+                    _finish(runs)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"cannot write the run in {output}: {getattr(error, 'strerror', None) or error}; "
+            f"cannot write the run in {where}: {getattr(error, 'strerror', None) or error}; "
             "what was saved before is intact: mend the cause and run again to continue"
         ) from error
     except RuntimeError as error:
         if not lost_rank(error):
             raise
         raise RunError(
-            f"another process of the run in {output} has ended; what it said tells why: run again to continue from the "
+            f"another process of the run in {where} has ended; what it said tells why: run again to continue from the "
             "last checkpoint"
         ) from error
-    return ranks.from_main(lambda: _result(folder, dataset, trained=True))
+    return ranks.from_main(
+        lambda: [
+            _result(folder, each.dataset, trained=not was_done)
+            for each, folder, was_done in zip(planned, folders, done, strict=True)
+        ]
+    )
+
+
+def _check_dataset(config: RunConfig, dataset: MultiDomainDataset) -> None:
+    named, given = (config.data, dict(config.data_options)), (dataset.name, dict(dataset.options))
+    if named[1] != given[1] or ("fingerprint" not in given[1] and named[0] != given[0]):
+        raise ConfigError("the config names the dataset {!r} with {}, got {!r} with {}".format(*named, *given))
+    dataset.check_test_domains(config.test_domains)
+
+
+def _named(folders: Sequence[Path]) -> str:
+    return str(folders[0]) if len(folders) == 1 else f"{folders[0]} and {len(folders) - 1} more"
 
 
 def _is_done(folder: RunFolder, *, snapshots: bool) -> bool:
@@ -303,7 +393,9 @@ class _Run:
         self.optimizers: dict[str, Optimizer] = self.algorithm.configure_optimizers()
         ranks.keep_equal(featurizer, list(self.optimizers.values()))
 
-        self.step = 0
+        self._halved = self._halved_batch()
+
+        self.step, self.durations = 0, list[float]()
         self.monitor = _LossMonitor(folder, looks_every=1 if ranks.device.type == "cpu" else STEPS_BETWEEN_LOOKS)
         # Whatever may be wrong with the settings was found before: decoding can take long.
         with ranks.main_first():
@@ -319,42 +411,43 @@ class _Run:
             self.monitor.sums, self.monitor.count = dict(progress.loss_sums), progress.steps_in_sums
         self.ranks.from_main(lambda: self.folder.forget_records_after(self.step))
 
-    def finish(self) -> None:
-        """Make the remaining steps and write the model."""
-        config = self.config
-        self.observer.on_start(config, self.step)
-        timed_from, timed_steps = time.perf_counter(), 0
-        with stop_on_signal() as stop:
-            while self.step < config.steps:
-                _seed_torch(config.seed, _STEP, self.step)
-                batch = self.sampler.batch(self.step).to(self.ranks.device)
-                losses = self.algorithm.training_step(batch, self.step, self.optimizers).detached()
-                self.step += 1
-                if self.average is not None:
-                    self.average.update(self.network.state_dict(), self.step)
-                timed_steps += 1
-                self.monitor.add(self.step, losses)
-                self.observer.on_step(self.step, self.monitor.last)
-                # Looked at once: a signal that comes later in this step counts for the next.
-                signal_number = self._agreed(stop.signal_number)
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                    record = self._record((time.perf_counter() - timed_from) / timed_steps)
-                    self._save()
-                    self.observer.on_record(record)
-                    timed_from, timed_steps = time.perf_counter(), 0
-                elif signal_number is not None:
-                    self._save()
-                if signal_number is not None and self.step < config.steps:
-                    raise RunInterruptedError(
-                        f"stopped after step {self.step} of {config.steps}, saved in {self.folder.path}: "
-                        "run the same command again to continue",
-                        signal_number,
-                    )
-            self._end()
-            if stop.signal_number is not None:
-                raise RunInterruptedError(f"stopped; the run in {self.folder.path} is done", stop.signal_number)
+    def batch(self, step: int) -> DomainBatch:
+        """The batch of a step, on the device."""
+        return self.sampler.batch(step).to(self.ranks.device) if self._halved is None else self._halved
 
-    def _agreed(self, signal_number: int | None) -> int | None:
+    def _halved_batch(self) -> DomainBatch | None:
+        """The batch of all samples in bfloat16, where nothing but that is done with its inputs at every step."""
+        halves = self.config.precision == "bf16-mixed" and isinstance(self.algorithm.featurizer, MLP)
+        if not halves or self.config.hparams.batch_size is not None or not self.algorithm.for_ranks:
+            return None
+        whole = self.sampler.batch(0).to(self.ranks.device)
+        return replace(whole, inputs=whole.inputs.bfloat16())
+
+    def training_step(self) -> Losses:
+        """Update the weights alone; :meth:`count_step` is to follow."""
+        _seed_torch(self.config.seed, _STEP, self.step)
+        return self.algorithm.training_step(self.batch(self.step), self.step, self.optimizers).detached()
+
+    def count_step(self, losses: Losses) -> None:
+        """An update was made."""
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.network.state_dict(), self.step)
+        self.monitor.add(self.step, losses)
+        self.observer.on_step(self.step, self.monitor.last)
+
+    @property
+    def at_checkpoint(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+
+    def save(self) -> None:
+        """Save the state; at a checkpoint, evaluate it first."""
+        record = self._record() if self.at_checkpoint else None
+        self._save()
+        if record is not None:
+            self.observer.on_record(record)
+
+    def agreed(self, signal_number: int | None) -> int | None:
         """The signal that came to any rank; on accelerators they ask each other where they look at the losses."""
         if self.ranks.number > 1:
             if self.monitor.unseen and self.step % self.config.checkpoint_every:
@@ -368,8 +461,7 @@ class _Run:
         for step in range(max(0, self.config.steps - WARM_UP_STEPS - TIMED_STEPS), self.config.steps):
             began = time.perf_counter()
             _seed_torch(self.config.seed, _STEP, step)
-            batch = self.sampler.batch(step).to(self.ranks.device)
-            self.algorithm.training_step(batch, step, self.optimizers).total.item()
+            self.algorithm.training_step(self.batch(step), step, self.optimizers).total.item()
             if self.average is not None:
                 self.average.update(self.network.state_dict(), step + 1)
             durations.append(time.perf_counter() - began)
@@ -389,9 +481,10 @@ class _Run:
         saving = time.perf_counter() - began
         return saving + median(durations) / len(some.targets) * sum(len(samples.targets) for samples in evaluated)
 
-    def _record(self, seconds_per_step: float) -> RunRecord:
+    def _record(self) -> RunRecord:
         """Evaluate a checkpoint; with selection, keep its weights if they are the best so far."""
-        earlier = self.folder.records()
+        earlier, seconds_per_step = self.folder.records(), fmean(self.durations)
+        self.durations.clear()
         with self._weights(self._recorded_average()):
             record = RunRecord(self.step, self.monitor.take_means(), self._evaluate(), seconds_per_step)
             if self.config.select and self._is_best(record, earlier):
@@ -444,7 +537,7 @@ class _Run:
         settled = self.algorithm.switch_on_step + self.algorithm.ramp
         return record.step > min(settled, self.config.steps - 1) and record.step > self.algorithm.switch_on_step
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Write the record of the model that is kept as the run's outcome, and the model."""
         records = self.folder.records()
         if self.config.select:
@@ -508,6 +601,47 @@ class _Run:
         return SavedModel(self.algorithm.featurizer, self.algorithm.classifier, card)
 
 
+def _finish(runs: Sequence[_Run]) -> None:
+    """Make the remaining steps of runs and write their models; those that are behind go first."""
+    steps, where = runs[0].config.steps, _named([run.folder.path for run in runs])
+    for run in runs:
+        run.observer.on_start(run.config, run.step)
+    stack: Stack | None = None
+    with stop_on_signal() as stop:
+        while unfinished := [run for run in runs if run.step < steps]:
+            step = min(run.step for run in unfinished)
+            abreast = [run for run in unfinished if run.step == step]
+            began = time.perf_counter()
+            if len(abreast) == 1 or not stacking_pays(abreast[0].batch(step)):
+                for run in abreast:
+                    run.count_step(run.training_step())
+            else:
+                algorithms = [run.algorithm for run in abreast]
+                if stack is None or stack.algorithms != algorithms:
+                    stack = Stack(algorithms, [run.batch(step) for run in abreast])
+                for run, losses in zip(abreast, stack.backward(step), strict=True):
+                    run.optimizers["main"].step()
+                    run.count_step(losses)
+            seconds = (time.perf_counter() - began) / len(abreast)
+            for run in abreast:
+                run.durations.append(seconds)
+            # Looked at once: a signal that comes later in this step counts for the next.
+            signal_number = abreast[0].agreed(stop.signal_number)
+            for run in abreast:
+                if run.at_checkpoint or signal_number is not None:
+                    run.save()
+            if signal_number is not None and step + 1 < steps:
+                raise RunInterruptedError(
+                    f"stopped after step {step + 1} of {steps}, saved in {where}: run the same command again to "
+                    "continue",
+                    signal_number,
+                )
+        for run in runs:
+            run.end()
+        if stop.signal_number is not None:
+            raise RunInterruptedError(f"stopped; the run in {where} is done", stop.signal_number)
+
+
 @dataclass
 class _LossMonitor:
     """Sums of the loss terms since the last record, and a stop at the first that is not finite."""
@@ -546,7 +680,7 @@ class _LossMonitor:
 
     def error(self, step: int, bad: list[str]) -> NonFiniteLossError:
         last_good = newest_checkpoint(self.folder.checkpoints)
-        kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was saved before"
+        kept = f"the last good checkpoint is {last_good}" if last_good else f"{self.folder.path} has no checkpoint yet"
         return NonFiniteLossError(f"at step {step} {' and '.join(bad)}; {kept}; try a smaller lr or penalty weight")
 
 

@@ -10,8 +10,9 @@ evaluates then, which is the same network.
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -24,8 +25,9 @@ from fishr.files import write_text
 from fishr.models.build import ModelConfig
 from fishr.records import RunRecord
 from fishr.registry import unknown
-from fishr.training import Observer, RunConfig, train
+from fishr.training import Observer, RunConfig
 from fishr.training.config import Precision
+from fishr.training.loop import PlannedRun, train_together
 
 UNSEEN, GRAY = "-90%", "gray"
 
@@ -182,24 +184,38 @@ def run_methods(
     data_root: Path | None = None,
     device: str = "auto",
     track: str | None = None,
+    stack: bool = False,
 ) -> list[MethodRun]:
     """Every method with every seed, each a run of its own in ``folder/METHOD-SEED``; done ones are only read.
+
+    With ``stack`` the seeds of a method are trained together (:func:`fishr.training.loop.train_together`).
 
     Raises:
         ConfigError: a method that does not exist.
         FishrError: as :func:`fishr.training.train`.
     """
     methods = distinct_methods(methods)
+
+    @lru_cache(maxsize=len(seeds) if stack else 1)
+    def dataset_of(seed: int) -> MultiDomainDataset:
+        return load_dataset(setting.data, root=data_root, seed=seed, **setting.data_options)
+
+    one_by_one = [[(method, seed)] for seed in seeds for method in methods]
     runs = []
-    for seed in seeds:
-        dataset = load_dataset(setting.data, root=data_root, seed=seed, **setting.data_options)
-        for method in methods:
-            config = method_config(setting, method, dataset, seed)
-            with watcher.run(method, seed) as observer:
-                result = train(
-                    config, dataset, folder / f"{method}-{seed}", device=device, observer=observer, track=track
+    for group in [[(method, seed) for seed in seeds] for method in methods] if stack else one_by_one:
+        with ExitStack() as watched:
+            planned = [
+                PlannedRun(
+                    method_config(setting, method, dataset_of(seed), seed),
+                    dataset_of(seed),
+                    folder / f"{method}-{seed}",
+                    watched.enter_context(watcher.run(method, seed)),
                 )
-            keep_mistakes(result.folder, dataset, device=device)
+                for method, seed in group
+            ]
+            results = train_together(planned, device=device, track=track)
+        for (method, seed), result in zip(group, results, strict=True):
+            keep_mistakes(result.folder, dataset_of(seed), device=device)
             run = _outcome(method, seed, result.records)
             runs.append(run)
             watcher.on_result(run)
