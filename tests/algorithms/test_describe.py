@@ -81,7 +81,7 @@ def test_fishr_by_hand(described: dict[str, Description]) -> None:
     assert "closed form by\nfishr.nn.FishrPenalty, v̄ the mean over domains." in rest
     assert fishr.reference == str(ALGORITHMS["fishr"].reference)
     own = ["penalty_weight", "strength", "switch_on", "weight_before", "rescale", "reset_optimizer"]
-    own += ["ema", "reduction", "variant"]
+    own += ["ema", "reduction", "variant", "layers"]
     shared = ["lr", "weight_decay", "batch_size", "l2", "dropout"]
     assert [each.name for each in fishr.hyperparameters] == own + shared
 

@@ -57,7 +57,8 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(variances: Tensor) -> Tensor:
-        return (variances - variances.mean(0)).square().sum()
+        differences = variances - variances.mean(0)
+        return differences.mul_(differences).sum()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], _: Tensor) -> None:
