@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import mmap
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -373,12 +374,14 @@ def test_soak_watches_both_kinds_of_runs(script, tmp_path, browser):
 
 def test_soak_finds_what_is_left_behind(script):
     soak = script("soak")
-    watch, tensors = soak.Watch(every=5), []
+    watch, tensors, memory = soak.Watch(every=5), [], []
     gc.collect()
     with ExitStack() as files:
         for step in range(1, 41):
             files.enter_context(Path("/dev/null").open())
-            tensors.append(torch.zeros(2**18))
+            tensors.append(torch.zeros(1))
+            memory.append(mmap.mmap(-1, 2**20))  # what was freed before is not used again for it
+            memory[-1].write(b"1" * 2**20)
             watch.on_step(step, {})
     assert watch.steps == [5, 10, 15, 20, 25, 30, 35, 40]
     growth = {name: soak.growth([getattr(state, name) for state in watch.states]) for name in soak.NAMES}
