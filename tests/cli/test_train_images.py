@@ -140,7 +140,9 @@ def test_options_are_in_the_config(folder: Path, tmp_path: Path) -> None:
     more = ["--channels", "1", "--augment", "light", "--average", "sma", "--average-arg", "start=2", "--select"]
     more += ["--class-balanced", "--algorithm", "erm", "--set", "dropout=0.1", "lr=0.01", "--seed", "4", "--trial", "2"]
     more += ["--mean", "0.25", "--std", "0.5", "--train-batch-norm", "--backbone-arg", "drop_path_rate=0.1"]
-    more += ["--checkpoint-every", "2", "--subset", "20", "--precision", "bf16-mixed"]
+    # With 16 pixels the last feature maps have one, and torch 2.15 takes bfloat16 gradients there from memory that
+    # nobody has written, on CPUs with AMX.
+    more += ["--checkpoint-every", "2", "--subset", "20", "--precision", "bf16-mixed", "--image-size", "32"]
     assert main(arguments(folder, "--test-domain", "lab", "--output", str(tmp_path / "run"), *more)) == 0
     config = config_of(tmp_path / "run")
     fingerprint = config["data_options"].pop("fingerprint")
@@ -148,7 +150,7 @@ def test_options_are_in_the_config(folder: Path, tmp_path: Path) -> None:
     assert config == {
         "format": 2,
         "data": "animals",
-        "data_options": {"subset": 20, "image_size": 16, "channels": 1, "augmentation": "light"},
+        "data_options": {"subset": 20, "image_size": 32, "channels": 1, "augmentation": "light"},
         "test_domains": ["lab"],
         "algorithm": "erm",
         "hparams": {"lr": 0.01, "weight_decay": 0.0, "batch_size": 4, "l2": 0.0, "dropout": 0.1},
