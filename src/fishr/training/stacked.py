@@ -18,7 +18,7 @@ from fishr.errors import ConfigError
 
 LARGEST_ON_CPU = 2**19
 """Entries of a batch's inputs up to which stacking pays on a CPU, where it saves calls: larger products fill its cores,
-and batched ones are slower than one after the other (a fifth, for Colored MNIST in bfloat16)."""
+and batched ones are slower than one after the other (a quarter, for Colored MNIST in bfloat16)."""
 
 
 def stacking_pays(batch: DomainBatch) -> bool:
